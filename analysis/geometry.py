@@ -102,17 +102,21 @@ def projections(blocks: Sequence[ProjectionBlock]) -> Mapping[str, pa.Table]:
     """
     first = blocks[0]
     selection, part = first.selection, first.part
-    values = selection.read(part).astype(np.float64)
-    norms = np.linalg.norm(values, axis=2)
+    norms = np.empty((len(part.into), len(part.layers)))
+    projected = {block.id: np.empty((len(part.into), len(block.layers))) for block in blocks}
+    for (_, index), found in selection.chunks([part]):
+        values, layer = found.astype(np.float64), part.layers[index]
+        norms[:, index] = np.linalg.norm(values, axis=1)
+        for block in blocks:
+            if layer in block.layers:
+                projected[block.id][:, block.layers.index(layer)] = values @ block.direction.unit(layer)
     keys = [selection.row_keys[i] for i in part.into]
     tables = {}
     for block in blocks:
         direction = block.direction
         layers = block.layers
         at = [part.layers.index(layer) for layer in layers]
-        units = np.stack([direction.unit(layer) for layer in layers])
-        projected = np.einsum("rld,ld->rl", values[:, at], units)
-        n_rows, n_layers = projected.shape
+        n_rows, n_layers = projected[block.id].shape
         total = n_rows * n_layers
         tables[block.id] = pa.table(
             {
@@ -123,7 +127,7 @@ def projections(blocks: Sequence[ProjectionBlock]) -> Mapping[str, pa.Table]:
                 "component": pa.repeat(direction.component, total),
                 "layer": pa.array(np.tile(np.array(layers, dtype=np.int32), n_rows)),
                 "position": pa.repeat(selection.position, total),
-                "projection": pa.array(projected.reshape(-1)),
+                "projection": pa.array(projected[block.id].reshape(-1)),
                 "norm": pa.array(norms[:, at].reshape(-1)),
             }
         ).cast(TABLES["projections"])

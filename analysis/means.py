@@ -12,7 +12,10 @@ import numpy.typing as npt
 from dask.delayed import delayed
 
 from store.errors import ResidError
-from store.selection import Part, Selection
+from store.reduce import group_sums
+from store.selection import Selection
+
+RUN = 8  # blocks of a task
 
 
 @dataclass(frozen=True)
@@ -26,38 +29,27 @@ class GroupMeans:
 def group_means(selection: Selection, groups: npt.NDArray[np.int64], n_groups: int, threads: int = 2) -> GroupMeans:
     """Return the mean activation of each group of rows at every layer.
 
-    Blocks are read and summed in parallel by Dask's threaded scheduler, in float64; partial sums are added in the
-    selection's fixed order, so the result does not depend on timing. At most a few blocks are in memory at once.
+    Blocks are read and summed in parallel by Dask's threaded scheduler (`store.reduce`); partial sums are added in the
+    selection's fixed order, so the result does not depend on timing. A few chunks are in memory at once.
 
     Args:
         groups: group of each selected row, [row], in [0, n_groups).
 
     Raises:
         ResidError: if a group is empty.
+        DamageError: if bytes are not those that were committed.
     """
     counts = np.bincount(groups, minlength=n_groups)
     if (counts == 0).any():
         raise ResidError(f"a mean over no rows: group {int(np.argmin(counts))} of {n_groups} is empty")
-    shape = (n_groups, len(selection.layers), selection.d_model)
-    total = np.zeros(shape, dtype=np.float64)
-    for start in range(0, len(selection.parts), 4 * threads):
-        parts = selection.parts[start : start + 4 * threads]
-        tasks = [delayed(_partial_sums)(selection, part, groups, n_groups) for part in parts]
-        for part, sums in zip(parts, dask.compute(*tasks, scheduler="threads", num_workers=threads), strict=True):
-            total[:, part.at] += sums
+    total = np.zeros((n_groups, len(selection.layers), selection.d_model))
+    # Runs of parts: each task reads ahead within its own.
+    runs = [selection.parts[start : start + RUN] for start in range(0, len(selection.parts), RUN)]
+    for start in range(0, len(runs), 4 * threads):
+        tasks = [delayed(group_sums)(selection, groups, n_groups, run) for run in runs[start : start + 4 * threads]]
+        for sums in dask.compute(*tasks, scheduler="threads", num_workers=threads):
+            total += sums
     return GroupMeans(total / counts[:, None, None], counts)
-
-
-def _partial_sums(
-    selection: Selection, part: Part, groups: npt.NDArray[np.int64], n_groups: int
-) -> npt.NDArray[np.float64]:
-    """Return sums [group, layer of the part, d_model] over the rows of one part."""
-    values = selection.read(part)
-    mine = groups[part.into]
-    sums = np.zeros((n_groups, *values.shape[1:]), dtype=np.float64)
-    for group in np.unique(mine):
-        sums[group] = values[mine == group].sum(axis=0, dtype=np.float64)
-    return sums
 
 
 def random_halves(row_keys: Sequence[str], seed: int) -> npt.NDArray[np.int64]:

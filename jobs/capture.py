@@ -10,7 +10,7 @@ from jobs.context import Context, StageReport, table_of, versions
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
-from store.activations import CaptureRequest
+from store.activations import CaptureRequest, ModelStore
 from store.dtypes import DTypeName
 from store.errors import StudyError
 from store.fingerprint import canonical, canonical_json, short
@@ -116,6 +116,22 @@ class CaptureInputs:
             self._generated[condition] = generated_responses(self.context, condition, self)
         return self._generated[condition]
 
+    def remember_sets(self, store: ModelStore) -> None:
+        """Note in the store which rows the study's prompt sets are, for whoever reads it without the study."""
+        context = self.context
+        records = [
+            {
+                "prompt_set": name,
+                "responses": source,
+                "prompt_id": prompt,
+                "row_key": row,
+                "text": context.prompts_by_id[prompt].text,
+            }
+            for name, prompt, row, source in self.memberships
+        ]
+        file = None if context.study.file is None else str(context.study.file)
+        store.memberships.write(context.study.name, file, records)
+
     def write_tables(self) -> None:
         """Write prompts, rows, memberships and the model of this study, replacing what it wrote before."""
         context = self.context
@@ -191,8 +207,8 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     if not inputs.requests:
         return report
     model_store = context.store.add_model(manifest(context))
-    work = model_store.work(inputs.requests, context.study.block_rows)
-    blocks = model_store.create(work)
+    inputs.remember_sets(model_store)
+    work, blocks = model_store.assign(inputs.requests, context.study.block_rows, context.study.compression)
     report.cached = work.cached_rows
     if not blocks:
         return report

@@ -37,7 +37,7 @@ def plan_lines(context: Context) -> list[str]:
         repeated = f" ({prompts.duplicates} repeated rows dropped)" if prompts.duplicates else ""
         lines.append(f"  prompts {name}: {len(prompts.prompts)}{repeated}")
     inputs = CaptureInputs(context)
-    work = context.store.preview(manifest(context)).work(inputs.requests, study.block_rows)
+    work = context.store.preview(manifest(context)).work(inputs.requests, study.block_rows, study.compression)
     lines.append(
         f"capture: {work.rows_to_capture} rows to capture ({_bytes(work.bytes_to_write)} new), "
         f"{work.cached_rows} of {work.requested_rows} cached"

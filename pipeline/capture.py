@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -42,21 +44,26 @@ class CaptureEngine:
 
         Returns:
             For each component of the plan an array [row, layer, position, d_model] in the model's compute dtype
-            (averages over responses are accumulated in float32).
+            (averages over responses are accumulated in float32); of all tokens [token, layer, d_model], the tokens of
+            the rows one after the other.
 
         Raises:
             torch.OutOfMemoryError: if a single row does not fit.
         """
-        shape = (len(rows), len(plan.layers), len(plan.positions), plan.d_model)
+        lengths = [row.spans.response_end for row in rows]
+        entries = sum(lengths) if plan.ragged else len(rows)
+        # Layer by layer, as it is stored.
+        shape = (len(plan.layers), entries, *plan.inner)
         out: dict[str, Tensor] = {
             component: torch.empty(shape, dtype=self.model.dtype) for component in plan.components
         }
-        lengths = [row.spans.response_end for row in rows]
+        ends = list(accumulate(lengths))
         queue = by_token_budget(lengths, self.token_budget)
         while queue:
             indices = queue[0]
             try:
-                self._forward([rows[i] for i in indices], indices, plan, out)
+                at = [range(ends[i] - lengths[i], ends[i]) for i in indices] if plan.ragged else [[i] for i in indices]
+                self._forward([rows[i] for i in indices], [entry for row in at for entry in row], plan, out)
                 queue.pop(0)
                 continue
             except torch.OutOfMemoryError:
@@ -68,10 +75,10 @@ class CaptureEngine:
             self.token_budget = max(1, min(self.token_budget, padded) // 2)
             waiting = [i for batch in queue for i in batch]
             queue = [[waiting[i] for i in b] for b in by_token_budget([lengths[i] for i in waiting], self.token_budget)]
-        return {component: _to_numpy(values) for component, values in out.items()}
+        return {component: np.moveaxis(_to_numpy(values), 0, 1) for component, values in out.items()}
 
     @torch.inference_mode()
-    def _forward(self, rows: list[Row], indices: list[int], plan: GenerationPlan, out: dict[str, Tensor]) -> None:
+    def _forward(self, rows: list[Row], entries: list[int], plan: GenerationPlan, out: dict[str, Tensor]) -> None:
         sequences = [row.token_ids[: row.spans.response_end] for row in rows]
         # Right padding: a causal model never looks at it, and every row keeps positions 0, 1, 2, ...
         batch = pad(sequences, side="right", pad_id=self.model.tokenizer.pad_token_id, device=self.model.device)
@@ -96,14 +103,17 @@ class CaptureEngine:
         if missing := [str(site) for site in sites if site not in seen]:
             raise RuntimeError(f"the forward pass did not reach {', '.join(missing[:3])}")
         # One transfer per component: each one waits for the device.
-        at = torch.tensor(indices)
+        at = torch.tensor(entries)
         for component in plan.components:
-            values = torch.stack([seen[Site(component, layer)] for layer in plan.layers], dim=1)
-            out[component][at] = values.to("cpu")
+            values = torch.stack([seen[Site(component, layer)] for layer in plan.layers])
+            out[component][:, at] = values.to("cpu")
 
 
 def _gatherer(rows: Sequence[Row], batch: Batch, plan: GenerationPlan) -> Callable[[Tensor], Tensor]:
-    """Return a function from h [row, token, d_model] to [row, position, d_model], run on h's device."""
+    """Return a function from h [row, token, d_model] to [row, position, d_model] (of all tokens: [token, d_model])."""
+    if plan.ragged:
+        real = batch.attention_mask.bool()
+        return lambda h: h[real]
     ranges = [[row.spans.token_range(position) for position in plan.positions] for row in rows]
     device = batch.input_ids.device
     first = torch.tensor([[start for start, _ in row] for row in ranges], device=device)[..., None]

@@ -67,12 +67,18 @@ class CaptureWorker:
         """
         started = time.monotonic()
         generation = self._generations.setdefault(block.generation, Generation(self.store.location / block.generation))
-        start, stop = generation.block_range(block.block)
-        rows = generation.rows[start:stop]
-        values = self.engine.run(rows, generation.plan)
-        provenance = {**self.provenance, "device": str(self.model.device), "threads": torch.get_num_threads()}
-        written = generation.write_block(block.block, values, provenance)
-        return {"rows": len(rows), "written": written, "seconds": time.monotonic() - started}
+        start, stop = generation.plan.block_range(block.block)
+        written = False
+        with generation.claim(block.block) as wanted:
+            if wanted:  # another capture may have made it in the meantime
+                values = self.engine.run(generation.rows[start:stop], generation.plan)
+                provenance = {
+                    **self.provenance,
+                    "device": str(self.model.device),
+                    "threads": torch.get_num_threads(),
+                }
+                written = generation.write_block(block.block, values, provenance)
+        return {"rows": stop - start, "written": written, "seconds": time.monotonic() - started}
 
 
 def write_receipt(folder: Location, model: LoadedModel) -> None:

@@ -9,209 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import zarr
 
-from store.errors import DamageError, MismatchError, MissingDataError
+from store.errors import MismatchError, MissingDataError
+from store.finding import CAPTURE
 from store.fingerprint import short
-from store.generation import FORMAT_VERSION, RECORDS, Generation
-from store.layout import GenerationPlan, default_block_rows, zarr_store
+from store.generation import FORMAT_VERSION, format_mismatch
+from store.layout import zarr_store
 from store.location import Location
-from store.needs import Box, merge_requests
-from store.needs import CaptureRequest as CaptureRequest  # part of this module's interface
-from store.rows import Row
-from store.selection import Selection, select
-
-
-@dataclass(frozen=True)
-class BlockRef:
-    """One block of one generation: the unit of work of a capture."""
-
-    generation: str
-    block: int
-    n_rows: int
-
-    @property
-    def id(self) -> str:
-        return f"{self.generation}/{self.block}"
-
-
-@dataclass(frozen=True)
-class CaptureWork:
-    """What a set of requests still needs: new generations to create, and blocks that wait in existing ones."""
-
-    new: tuple[tuple[GenerationPlan, tuple[Row, ...]], ...]
-    pending: tuple[BlockRef, ...]
-    pending_bytes: int
-    cached_rows: int
-    requested_rows: int
-
-    @property
-    def rows_to_capture(self) -> int:
-        return sum(len(rows) for _, rows in self.new) + sum(block.n_rows for block in self.pending)
-
-    @property
-    def bytes_to_write(self) -> int:
-        return sum(plan.row_bytes * len(rows) for plan, rows in self.new) + self.pending_bytes
-
-
-class ModelStore:
-    """The part of the store that belongs to one model fingerprint."""
-
-    def __init__(self, location: Location, manifest: dict[str, Any] | None = None):
-        self.location = location
-        if manifest is not None:
-            self.manifest = manifest
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """Model reference, sizes, dtype, versions: what the first capture of this model wrote.
-
-        Raises:
-            DamageError: if model.json cannot be read.
-        """
-        return _json(self.location / "model.json", ("fingerprint", "dtype", "d_model"))
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
-
-    def generations(self) -> list[Generation]:
-        """Return the complete generations, oldest name first (a fixed order)."""
-        records = self.location / RECORDS
-        names = [name for name in records.list() if (records / name / "generation.json").exists()]
-        return [Generation(self.location / name) for name in names]
-
-    def _exact(self, dtype: str) -> bool:
-        """Tell whether a storage dtype holds what this model computes without loss."""
-        return dtype in ("float32", self.manifest["dtype"])
-
-    def work(self, requests: Sequence[CaptureRequest], block_rows: int | None = None) -> CaptureWork:
-        """Compare requests with what the store holds; nothing is written.
-
-        Rows already assigned to a generation stay with it, so a killed capture finishes its own blocks. A row that
-        lacks some components, layers or positions gets just these in a new generation. What is stored without loss
-        serves every request; what is stored with loss serves requests for that dtype.
-        """
-        needs = merge_requests(requests, self._exact)
-        generations = [(generation, generation.committed()) for generation in self.generations()]
-        pending: dict[str, BlockRef] = {}
-        pending_bytes = 0
-        new: dict[Box, dict[str, Row]] = {}
-        waiting: set[str] = set()
-        for need in needs:
-            held = []
-            for generation, done in generations:
-                at = generation.index.get(need.row.key)
-                if at is not None and (generation.plan.dtype == need.dtype or self._exact(generation.plan.dtype)):
-                    block = at // generation.plan.block_rows
-                    held.append((block not in done, generation, block))
-            # What is committed counts first: a block that waits is needed only for the rest.
-            for waits, generation, block in sorted(held, key=lambda item: item[0]):
-                plan = generation.plan
-                if not need.take(plan.components, plan.layers, plan.positions) or not waits:
-                    continue
-                waiting.add(need.row.key)
-                start, stop = generation.block_range(block)
-                ref = BlockRef(generation.id, block, stop - start)
-                if ref.id not in pending:
-                    pending[ref.id] = ref
-                    pending_bytes += plan.row_bytes * ref.n_rows
-            for box in need.boxes():
-                waiting.add(need.row.key)
-                new.setdefault(box, {})[need.row.key] = need.row
-        plans = tuple(self._plan(box, tuple(rows.values()), block_rows) for box, rows in new.items())
-        requested = {need.row.key for need in needs}
-        return CaptureWork(plans, tuple(pending.values()), pending_bytes, len(requested) - len(waiting), len(requested))
-
-    def _plan(
-        self,
-        box: Box,
-        rows: tuple[Row, ...],
-        block_rows: int | None,
-    ) -> tuple[GenerationPlan, tuple[Row, ...]]:
-        components, layers, positions, dtype = box
-        d_model = int(self.manifest["d_model"])
-        plan = GenerationPlan(
-            model=self.fingerprint,
-            d_model=d_model,
-            components=components,
-            layers=layers,
-            positions=positions,
-            dtype=dtype,
-            n_rows=len(rows),
-            block_rows=block_rows or default_block_rows(len(rows), len(positions), d_model, dtype),
-        )
-        # Rows of like length share a block, hence a batch with little padding; the key makes the order total.
-        return plan, tuple(sorted(rows, key=lambda row: (len(row.token_ids), row.key)))
-
-    def create(self, work: CaptureWork) -> tuple[BlockRef, ...]:
-        """Create the new generations of `work`; return every block that is to be captured."""
-        blocks = list(work.pending)
-        for plan, rows in work.new:
-            generation = Generation.create(self.location, plan, rows)
-            done = generation.committed()
-            for block in range(plan.n_blocks):
-                if block not in done:
-                    start, stop = generation.block_range(block)
-                    blocks.append(BlockRef(generation.id, block, stop - start))
-        return tuple(blocks)
-
-    def select(
-        self, row_keys: Iterable[str], component: str, position: str, layers: Sequence[int] | None = None
-    ) -> Selection:
-        """Find committed activations by row key.
-
-        Args:
-            layers: absolute layers wanted; None: those that every one of the rows has.
-
-        Raises:
-            MissingDataError: if a row is not captured at that component, position and layers.
-            MismatchError: if a row or layer is asked for twice.
-            DamageError: if a generation's metadata is damaged.
-        """
-        holders = [
-            generation
-            for generation in self.generations()
-            if component in generation.plan.components and position in generation.plan.positions
-        ]
-        # Where captures overlap, one without loss serves, then the first in the fixed order of names.
-        holders.sort(key=lambda generation: (not self._exact(generation.plan.dtype), generation.id))
-        return select(holders, tuple(row_keys), component, position, layers)
-
-    def verify(self, *, repair: bool = False) -> list[str]:
-        """Compare every committed byte with its checksum; return a line per damaged block or generation.
-
-        With `repair`, damaged blocks are un-committed, so that the next capture makes just these again. A generation
-        with damaged metadata is taken out of the store; the next capture makes that anew and keeps the blocks.
-        """
-        damaged = []
-        try:
-            if not self.fingerprint.startswith(self.location.name):
-                raise DamageError(f"{self.location}/model.json: it is of model {short(self.fingerprint)}")
-        except DamageError as error:
-            damaged.append(str(error))
-            if repair:
-                (self.location / "model.json").remove()
-        for generation in self.generations():
-            try:
-                generation.verify_metadata()
-            except DamageError as error:
-                damaged.append(f"{generation.id}: {error}")
-                if repair:
-                    generation.retire()
-                continue
-            for block in sorted(generation.committed()):
-                try:
-                    generation.verify_block(block)
-                except DamageError as error:
-                    damaged.append(f"{generation.id} block {block}: {error}")
-                    if repair:
-                        generation.uncommit(block)
-        return damaged
+from store.model_store import BlockRef as BlockRef  # these are part of this module's interface
+from store.model_store import CaptureWork as CaptureWork
+from store.model_store import ModelStore as ModelStore
+from store.model_store import read_json
+from store.needs import CaptureRequest as CaptureRequest
+from store.selection import Selection
+from store.sites import ALL_TOKENS, COMPONENTS, Site, check_position
 
 
 class ActivationStore:
@@ -233,11 +47,9 @@ class ActivationStore:
             raise MismatchError(f"{store.location} is a file, not a store\n  remedy: name a folder")
         marker = store.location / "resid.json"
         if marker.exists():
-            version = _json(marker, ("format_version",))["format_version"]
+            version = read_json(marker, ("format_version",))["format_version"]
             if version != FORMAT_VERSION:
-                raise MismatchError(
-                    f"{store.location} has store format {version}, and this resid reads {FORMAT_VERSION}; update resid"
-                )
+                raise format_mismatch(store.location, version)
         return store
 
     def models(self) -> list[ModelStore]:
@@ -262,6 +74,92 @@ class ActivationStore:
             raise MismatchError(f"{store.location} belongs to model {store.fingerprint}, not {fingerprint}")
         return store
 
+    def find_model(self, model: str | None = None) -> ModelStore:
+        """Return a model by the name that its studies give it (hub id, path), or by the beginning of its fingerprint.
+
+        Args:
+            model: None for the only one.
+
+        Raises:
+            MissingDataError: if there is none.
+            MismatchError: if several models go by that name.
+        """
+        every = self.models()
+        found = [
+            each
+            for each in every
+            if model is None
+            or each.fingerprint.startswith(model)
+            or model in (name := str(each.manifest.get("ref", {}).get("source")), name.rpartition("/")[2])
+        ]
+        if len(found) == 1:
+            return found[0]
+        listed = "".join(
+            f"\n  {short(each.fingerprint)}  {each.manifest.get('ref', {}).get('source')}, {each.manifest['dtype']}"
+            for each in found or every
+        )
+        if found:
+            raise MismatchError(f"{self.location} holds {len(found)} such models; say which by fingerprint:{listed}")
+        if every:
+            raise MissingDataError(f"{self.location} holds no model {model!r}; it holds:{listed}")
+        raise MissingDataError(f"{self.location} holds no activations\n  remedy: {CAPTURE} --store {self.location}")
+
+    def select(
+        self,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        rows: Iterable[str] | None = None,
+        model: str | None = None,
+        study: str | None = None,
+        responses: str | None = None,
+        site: str = "resid_post",
+        layer: int | Sequence[int] | None = None,
+        position: str = "prompt_end",
+    ) -> Selection:
+        """Find activations, to be read lazily: ``select(prompts="harmful@train", layer=14).to_numpy()``.
+
+        Args:
+            prompts: a prompt set of a captured study, or several; rows come in prompt order.
+            rows: row keys instead; without either, every row that is captured there.
+            model: see `find_model`.
+            study: whose prompt sets, where studies have different ones of one name.
+            responses: the condition that generated the responses; None for prompts (with given responses).
+            site: ``resid_post``, or with its layer ``resid_post.14``.
+            layer: a number (the result has no layer axis), several, or None for all.
+            position: prompt_end, response_start, response_avg, ``token:<index>`` or all_tokens.
+
+        Raises:
+            MissingDataError: if something is not captured, with the command that would capture it.
+            MismatchError: if model or prompt set is ambiguous.
+            ValueError: if site or position is none.
+        """
+        if prompts is not None and rows is not None:
+            raise ValueError("give prompts or rows, not both")
+        if "." in site:
+            if layer is not None:
+                raise ValueError(f"site {site!r} names its layer: leave out layer={layer!r}")
+            parsed = Site.parse(site)
+            site, layer = parsed.component, parsed.layer
+        if site not in COMPONENTS:
+            raise ValueError(f"unknown site {site!r}; known: {', '.join(COMPONENTS)}, also with a layer: resid_post.14")
+        if position != ALL_TOKENS:
+            check_position(position)
+        store = self.find_model(model)
+        layers = [layer] if isinstance(layer, int) else layer
+        remedy = CAPTURE
+        if prompts is not None:
+            found = store.memberships.find([prompts] if isinstance(prompts, str) else prompts, study, responses)
+            keys = found.keys
+            if found.study_file is not None:
+                remedy = CAPTURE.replace("<study>", found.study_file)
+        else:
+            keys = tuple(rows) if rows is not None else store.committed_rows(site, position)
+        wanted = f"layers: {'all' if layers is None else list(layers)}"
+        asks = f"its `capture` has to ask for components: [{site}], positions: [{position}], {wanted}"
+        selection = store.select(keys, site, position, layers, f"{remedy} ({asks})")
+        selection.layer_axis = not isinstance(layer, int)
+        return selection
+
     def preview(self, manifest: dict[str, Any]) -> ModelStore:
         """Return one model's part as `add_model` would, without writing anything."""
         store = ModelStore(self.location / short(manifest["fingerprint"]), manifest)
@@ -276,16 +174,3 @@ class ActivationStore:
         zarr.open_group(zarr_store(store.location, read_only=False), mode="a", zarr_format=3)
         (store.location / "model.json").create(json.dumps(manifest, indent=1, sort_keys=True).encode())
         return self.model(manifest["fingerprint"])
-
-
-def _json(where: Location, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        record = json.loads(where.read_bytes())
-        if not isinstance(record, dict) or not set(keys) <= set(record):
-            raise ValueError(f"it lacks {', '.join(keys)}")
-    except ValueError as error:
-        raise DamageError(
-            f"{where}: this file is damaged, or not of a resid store ({error})\n"
-            "  remedy: choose another folder; or if it is a store, remove this file: the next capture writes it again"
-        ) from None
-    return record

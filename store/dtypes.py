@@ -62,6 +62,20 @@ def to_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return stored
 
 
-def to_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Upcast stored activations exactly; arithmetic on the 16-bit types themselves loses or overflows."""
-    return values.astype(np.float32, copy=False)
+def to_float32(
+    values: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Upcast stored activations exactly; arithmetic on the 16-bit types themselves loses or overflows.
+
+    Args:
+        out: where to put them, of the same shape; None for a new array (or `values`, if that is float32).
+    """
+    if values.dtype == NUMPY_DTYPES["bfloat16"]:
+        out = np.empty(values.shape, dtype=np.float32) if out is None else out
+        # bfloat16 is the upper half of float32. Five times faster than a cast.
+        np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+        return out
+    if out is None:
+        return values.astype(np.float32, copy=False)
+    np.copyto(out, values)
+    return out

@@ -1,8 +1,9 @@
 """One capture generation: a Zarr group of fixed rows, written block by block and committed block by block.
 
-Arrays have the dimensions row, layer, position, d_model. A shard is one block of rows with all layers, an inner chunk
-one block of one layer; every chunk and the shard index carry a crc32c. A block is there when its commit record is:
-readers look at nothing else. See `store.activations` for the store that generations make up.
+Arrays have the dimensions row, layer, position, d_model, or token, layer, d_model (`store.layout`). A shard is one
+block of rows with all layers, an inner chunk one block of one layer; every chunk and the shard index carry a crc32c. A
+block is there when its commit record is: readers look at nothing else. See `store.activations` for the store that
+generations make up.
 
 The group holds nothing but Zarr, so that any Zarr library opens it; what resid knows of it lies beside it::
 
@@ -15,26 +16,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from store.dtypes import NUMPY_DTYPES, to_storage
-from store.errors import DamageError, MismatchError, NonFiniteError
+from store.dtypes import to_storage
+from store.errors import DamageError, MismatchError
 from store.fingerprint import fingerprint, short
 from store.layout import GenerationPlan as GenerationPlan  # the plan is part of this module's interface
-from store.layout import encode_shard, metadata_files, zarr_store
+from store.layout import metadata_files, token_offsets
 from store.location import Location
-from store.records import TAIL_BYTES, Commit, Record, Shard, sha256
-from store.rows import Row, row_keys_from_bytes, rows_from_bytes, rows_to_bytes
+from store.readers import OpenShard, Reader, check_tail, reader_for, shard_location
+from store.records import Commit, Record, sha256
+from store.rows import Row, RowTable, row_table_from_bytes, rows_from_bytes, rows_to_bytes
+from store.shards import ShardError, describe
+from store.writing import put_shard, require_finite
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: commits keep the checksum of every chunk
 RECORDS = "_records"
 ROWS = "rows.parquet"
 _COMMIT_NAME = re.compile(r"(0|[1-9][0-9]*)\.json")
@@ -46,10 +49,14 @@ class Generation:
     def __init__(self, location: Location):
         self.location = location  # the Zarr group
         self.records = Location(location.url.rpartition("/")[0]) / RECORDS / location.name
+        self._commits: dict[int, Commit] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and row tables stay here: whoever receives a generation reads them again.
-        return {"location": self.location, "records": self.records}
+        return {"location": self.location}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["location"])  # type: ignore[misc]
 
     @property
     def id(self) -> str:
@@ -81,7 +88,8 @@ class Generation:
         if marker.exists():
             return generation
         # The same bytes from everybody, each file whole: others may be at it too, or may have been killed half-way.
-        files = {**metadata_files(plan, keys, identity), ROWS: rows_to_bytes(rows)}
+        lengths = np.array([row.spans.response_end for row in rows])
+        files = {**metadata_files(plan, keys, lengths, identity), ROWS: rows_to_bytes(rows)}
         for name, data in files.items():
             generation._file(name).write(data)
         checksums = {name: sha256(data) for name, data in files.items()}
@@ -107,9 +115,7 @@ class Generation:
             data = json.loads(where.read_bytes())
             version = data["format_version"]
             if version != FORMAT_VERSION:
-                raise MismatchError(
-                    f"{where}: store format {version}, and this resid reads {FORMAT_VERSION}; update resid"
-                )
+                raise format_mismatch(where, version)
             return Record.model_validate(data)
         except FileNotFoundError:
             raise self._damage(where, "this file is missing") from None
@@ -147,10 +153,20 @@ class Generation:
         Raises:
             DamageError: if they, or the plan, are not those that this generation is named after.
         """
-        keys = row_keys_from_bytes(self._checked(ROWS))
-        if _identity(self.plan, keys) != self._record.identity or short(self._record.identity) != self.id:
+        return self.row_table.keys
+
+    @cached_property
+    def row_table(self) -> RowTable:
+        """Keys and spans of all rows, in array order; errors as for `keys`."""
+        table = row_table_from_bytes(self._checked(ROWS))
+        if _identity(self.plan, table.keys) != self._record.identity or short(self._record.identity) != self.id:
             raise self._damage(self.records / "generation.json", "its plan and rows are not those of its name")
-        return keys
+        return table
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Which tokens of the array are each row's, [row, 2], half-open; all tokens only."""
+        return token_offsets(self.plan, self.row_table.response_end)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -161,11 +177,6 @@ class Generation:
     def index(self) -> dict[str, int]:
         """Row key to array index."""
         return {key: i for i, key in enumerate(self.keys)}
-
-    def block_range(self, block: int) -> tuple[int, int]:
-        """Return the half-open range of rows of a block."""
-        start = block * self.plan.block_rows
-        return start, min(start + self.plan.block_rows, self.plan.n_rows)
 
     # -- commits -----------------------------------------------------------------------------------------------
 
@@ -190,29 +201,49 @@ class Generation:
             commit = Commit.from_json(data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damage(where, f"this commit record cannot be read ({error})") from None
+        plan = self.plan
         found = (commit.generation, commit.model, commit.block, commit.start, commit.stop, set(commit.shards))
-        if found != (self.id, self.plan.model, block, *self.block_range(block), set(self.plan.components)):
+        if not 0 <= block < plan.n_blocks or found != (
+            self.id,
+            plan.model,
+            block,
+            *plan.block_range(block),
+            set(plan.components),
+        ):
             raise self._damage(where, "this commit record is of another block")
         return commit
 
     def uncommit(self, block: int) -> None:
-        """Forget a block, so that the next capture makes it again."""
+        """Forget a block and remove its shards, so that the next capture makes it again."""
         self._commit(block).remove()
+        self._commits.pop(block, None)
+        for component in self.plan.components:
+            self.shard(component, block).remove()
 
     def shard(self, component: str, block: int) -> Location:
-        return self.location / component / "c" / str(block) / "0" / "0" / "0"
+        return shard_location(self.location, component, block, self.plan)
+
+    # -- writing -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _writing(self, block: int) -> Iterator[None]:
-        """Keep two processes of a machine from writing one block at the same time; a dead holder's lock is free."""
-        if not self.location.is_local:
-            yield
-            return
-        folder = self.records.path / "locks"
-        folder.mkdir(exist_ok=True)
-        with (folder / str(block)).open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+    def claim(self, block: int, patience: float = 60.0) -> Iterator[bool]:
+        """Hold a block while it is made; yield whether it still has to be.
+
+        Two captures that need the same block wait for each other here instead of computing it twice. It saves work
+        and nothing depends on it: after `patience` seconds, and on object storage at once, both compute, and the first
+        commit stays. The lock of a dead process is free.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.location.is_local and not self._commit(block).exists():
+                folder = self.records.path / "locks"
+                folder.mkdir(exist_ok=True)
+                stream = stack.enter_context((folder / str(block)).open("w"))
+                deadline = time.monotonic() + patience
+                while not _locked(stream) and time.monotonic() < deadline:
+                    if self._commit(block).exists():
+                        break
+                    time.sleep(0.1)
+            yield not self._commit(block).exists()
 
     def write_block(
         self, block: int, values: Mapping[str, npt.NDArray[Any]], provenance: Mapping[str, Any] | None = None
@@ -221,98 +252,86 @@ class Generation:
 
         Args:
             values: for every component of the plan, an array [row, layer, position, d_model] of the block's rows in
-                order, in any float dtype that the storage dtype can hold.
+                order, in any float dtype that the storage dtype can hold; for all tokens [token, layer, d_model], the
+                tokens of the rows one after the other.
             provenance: versions and receipts to keep in the commit record.
 
         Raises:
             NonFiniteError: if a row holds NaN or infinity, before anything is written.
             OverflowError: if a value does not fit the storage dtype.
             ValueError: if a component is missing or an array has another shape.
+            ResourceError: if the disk is full, or the place cannot be written.
         """
-        start, stop = self.block_range(block)
         plan = self.plan
-        shape = (stop - start, len(plan.layers), len(plan.positions), plan.d_model)
-        stored: dict[str, npt.NDArray[Any]] = {}
+        start, stop = plan.block_range(block)
+        entries = int(self.row_table.response_end[start:stop].sum()) if plan.ragged else stop - start
+        shape = (entries, len(plan.layers), *plan.inner)
         if set(values) != set(plan.components):
             raise ValueError(f"block {block} needs {', '.join(plan.components)}, got {', '.join(values) or 'nothing'}")
+        stored: dict[str, npt.NDArray[Any]] = {}
         for component, array in values.items():
             if array.shape != shape:
                 raise ValueError(f"block {block} of {component} has the shape {shape}, got {array.shape}")
-            self._require_finite(component, array, start)
+            require_finite(component, array, plan, lambda entry: self._described(block, entry))
             stored[component] = to_storage(array, plan.dtype)
-        with self._writing(block):
-            if self._commit(block).exists():
-                return False
-            shards: dict[str, Shard] = {}
-            for component, array in stored.items():
-                data = encode_shard(array, plan.block_rows)
-                self.shard(component, block).write(data)
-                shards[component] = Shard.of(data)
-            commit = Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {}))
-            return self._commit(block).create(commit.to_json())
+        if self._commit(block).exists():
+            return False
+        # Locks are not needed here: shards and commit are each created only where none is.
+        shards = {
+            component: put_shard(self.shard(component, block), array, plan) for component, array in stored.items()
+        }
+        commit = Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {}))
+        return self._commit(block).create(commit.to_json())
 
-    def _require_finite(self, component: str, array: npt.NDArray[Any], start: int) -> None:
-        finite: npt.NDArray[np.bool_] = np.all(np.isfinite(array), axis=(2, 3))  # [row, layer]
-        if finite.all():
-            return
-        row, layer = np.argwhere(~finite)[0]
-        bad = self.rows[start + row]
-        n_bad = int((~np.all(finite, axis=1)).sum())
-        raise NonFiniteError(
-            f"{n_bad} row(s) hold NaN or infinity, first row {short(bad.key)} (prompt {short(bad.prompt_id)}) at "
-            f"{component}.{self.plan.layers[layer]}; its block is not committed\n"
-            "  remedy: run the model in float32 or bfloat16, or drop the prompt"
-        )
+    def _described(self, block: int, entry: int) -> str:
+        """Name the row of an entry (row or token) of a block."""
+        start, stop = self.plan.block_range(block)
+        if self.plan.ragged:
+            entry = int(np.searchsorted(np.cumsum(self.row_table.response_end[start:stop]), entry, side="right"))
+        row = self.rows[start + entry]
+        return f"row {short(row.key)} (prompt {short(row.prompt_id)})"
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _arrays(self) -> dict[str, zarr.Array[Any]]:
+    def reader(self) -> Reader:
+        """What reads this generation's shards; see `store.readers`."""
         for component in self.plan.components:
             self._checked(f"{component}/zarr.json")
-        store = zarr_store(self.location, read_only=True)
-        return {
-            component: zarr.open_array(store, path=component, mode="r", zarr_format=3)
-            for component in self.plan.components
-        }
+        return reader_for(self.location, self.plan)
 
-    def _check_tail(self, component: str, block: int) -> None:
-        """Compare a shard's size and end with its commit; a missing shard would read as fill values."""
-        expected = self.commit_record(block).shards[component]
-        shard = self.shard(component, block)
-        try:
-            size, tail = shard.size(), _tail(shard)
-        except FileNotFoundError:
-            raise self._damage(shard, "this committed shard is missing") from None
-        if (size, sha256(tail)) != (expected.size, expected.tail_sha256):
-            raise self._damage(shard, "size or checksums differ from the commit")
-
-    def read_block(self, component: str, block: int, layers: Sequence[int] | None, position: str) -> npt.NDArray[Any]:
-        """Read one committed block of one position in the storage dtype.
-
-        Args:
-            layers: absolute layers, in the order wanted; None for all of the plan.
-
-        Returns:
-            [row, layer, d_model].
+    @contextlib.contextmanager
+    def open_block(self, component: str, block: int) -> Iterator[OpenShard]:
+        """Open a committed shard; layers are positions in it.
 
         Raises:
-            DamageError: if the shard is missing, or its bytes fail a checksum.
+            DamageError: if it is missing or, here or while it is read, not what was committed.
             FileNotFoundError: if the block is not committed.
         """
-        self._check_tail(component, block)
-        plan = self.plan
-        start, stop = self.block_range(block)
-        p = plan.positions.index(position)
-        at = range(len(plan.layers)) if layers is None else [plan.layers.index(layer) for layer in layers]
-        array = self._arrays[component]
-        values = np.empty((stop - start, len(at), plan.d_model), dtype=NUMPY_DTYPES[plan.dtype])
+        if block not in self._commits:
+            self._commits[block] = self.commit_record(block)
+        expected = self._commits[block].shards[component]
+        with contextlib.ExitStack() as stack:
+            with self.damage_of(component, block):
+                opened = stack.enter_context(self.reader.open(component, block, expected))
+            yield _Guarded(opened, lambda: self.damage_of(component, block))
+
+    @contextlib.contextmanager
+    def damage_of(self, component: str, block: int) -> Iterator[None]:
+        """Turn what a reader says of a committed shard into an error that names it and the remedy."""
         try:
-            for i, layer in enumerate(at):
-                values[:, i] = array[start:stop, layer, p]
-        except ValueError as error:  # what zarr raises on a checksum mismatch
-            raise self._damage(self.shard(component, block), str(error)) from None
-        return values
+            yield
+        except FileNotFoundError:
+            problem = "this committed shard is missing"
+        except ShardError as error:
+            problem = str(error)
+        else:
+            return
+        known = self._commits.pop(block, None)
+        # Repaired and captured again since we read its commit?
+        if known is not None and self._commit(block).exists() and self.commit_record(block) != known:
+            problem = "this block was made again while it was read: read it once more"
+        raise self._damage(self.shard(component, block), problem)
 
     # -- verification ------------------------------------------------------------------------------------------
 
@@ -326,29 +345,51 @@ class Generation:
             self._checked(name)
         assert self.keys
 
-    def verify_block(self, block: int) -> None:
-        """Compare every byte of a block with its commit.
+    def verify_block(self, block: int, deep: bool = True) -> None:
+        """Compare a block with its commit: every byte, or without `deep` the size and end of its shards.
 
         Raises:
             DamageError: if a shard is missing or differs.
         """
+        shape = self.plan.shard_shape
         for component, expected in self.commit_record(block).shards.items():
             shard = self.shard(component, block)
-            try:
-                data = shard.read_bytes()
-            except FileNotFoundError:
-                raise self._damage(shard, "this committed shard is missing") from None
-            if Shard.of(data) != expected:
-                raise self._damage(shard, "its bytes differ from the commit")
+            with self.damage_of(component, block):
+                if (size := shard.size()) != expected.size:
+                    raise ShardError(f"its size is {size} bytes, and the commit says {expected.size}")
+                check_tail(shard.tail(shape.index_bytes + 4), shape, expected)
+                if deep and describe(shard.read_bytes(), shape) != expected:
+                    raise ShardError("its bytes differ from the commit")
+
+
+class _Guarded:
+    """An open shard whose errors name the shard."""
+
+    def __init__(self, opened: OpenShard, guard: Callable[[], contextlib.AbstractContextManager[None]]):
+        self._opened, self._guard = opened, guard
+
+    def read(self, layers: Sequence[int], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        with self._guard():
+            return self._opened.read(layers, out)
+
+
+def format_mismatch(where: Location, version: object) -> MismatchError:
+    """Return the error for a store of another format."""
+    older = isinstance(version, int) and version < FORMAT_VERSION
+    remedy = "capture into another --store" if older else "update resid"
+    return MismatchError(
+        f"{where} has store format {version}, and this resid reads {FORMAT_VERSION}\n  remedy: {remedy}"
+    )
+
+
+def _locked(stream: Any) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _identity(plan: GenerationPlan, row_keys: Sequence[str]) -> str:
-    return fingerprint({"format": FORMAT_VERSION, "plan": plan.model_dump(), "rows": row_keys})
-
-
-def _tail(shard: Location) -> bytes:
-    if shard.is_local:
-        with shard.path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return stream.read()
-    return bytes(shard.filesystem.cat_file(shard.url, start=-TAIL_BYTES))
+    rows = sha256("\n".join(row_keys).encode())
+    return fingerprint({"format": FORMAT_VERSION, "plan": plan.model_dump(), "rows": rows})

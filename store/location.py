@@ -1,23 +1,29 @@
 """A folder on local disk or object storage, with the few operations that commits are made of.
 
-Local writes go to a temporary file, are synced, then renamed or hard-linked, so that a name appears only with all its
-bytes behind it. Object stores put whole objects; a first-wins write uses their conditional put.
+Local writes go to a temporary file, are synced, then renamed or hard-linked (`store.files`), so that a name appears
+only with all its bytes behind it. Object stores put whole objects; a first-wins write uses their conditional put
+(`store.remote`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
-
-PARTIAL = ".partial"  # suffix of files that are being written; sweeping them when idle is safe
+from store import remote
+from store.errors import ResourceError
+from store.faults import faults
+from store.files import PARTIAL as PARTIAL  # part of this module's interface
+from store.files import Draft, make_folder, writing
+from store.files import is_abandoned as is_abandoned
+from store.files import remove_abandoned as remove_abandoned
 
 
 def is_url(text: str) -> bool:
@@ -25,26 +31,28 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a local folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Found(NamedTuple):
+    """One file that `Location.walk` found."""
 
-
-def make_folder(folder: Path) -> None:
-    """Make a local folder and its parents, durably: each new one is synced into the one that holds it."""
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in reversed(new):
-        sync_folder(made.parent)
+    name: str  # below the folder, with slashes
+    size: int  # bytes
+    modified: float  # seconds since 1970
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder given as an absolute path or an fsspec URL. Equal text means equal place."""
+    """A folder or file given as an absolute path or an fsspec URL. Equal text means equal place.
+
+    What a URL needs beside itself is configured outside, so that workers and other programs inherit it. For S3 and
+    what speaks its protocol (MinIO, Ceph, R2) that is AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE;
+    AWS_DEFAULT_REGION; and AWS_ENDPOINT_URL for a server of one's own. Whatever else fsspec's file system takes is set
+    in ~/.config/fsspec/*.json or in the environment, for example more patience with a slow server:
+    ``FSSPEC_S3='{"config_kwargs": {"read_timeout": 60}}'``, or ``FSSPEC_S3='{"fixed_upload_size": true}'`` for R2.
+    The store must honour ``If-None-Match: *`` on puts, as these do; `require_writable` finds out.
+
+    All operations raise ResourceError for what the disk, the network or the server refuses, and FileNotFoundError if
+    the file is not there.
+    """
 
     url: str
 
@@ -84,24 +92,27 @@ class Location:
             raise ValueError(f"{self.url} is not on local disk")
         return Path(self.url)
 
-    @cached_property
-    def _remote(self) -> tuple[Any, str]:
-        filesystem, path = fsspec.core.url_to_fs(self.url)
-        # Listings must see what other processes committed since.
-        filesystem.use_listings_cache = False
-        return filesystem, path
-
     @property
     def filesystem(self) -> Any:
         """The fsspec filesystem behind a URL."""
-        return self._remote[0]
+        return remote.connect(self.url)[0]
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        """What to give to a library that opens a URL with fsspec itself, to get the same behaviour; {} locally."""
+        return {} if self.is_local else remote.storage_options(self.url)
+
+    # -- looking -----------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
         if self.is_local:
-            return self.path.exists()
-        filesystem, path = self._remote
-        filesystem.invalidate_cache()
-        return bool(filesystem.exists(path))
+            with faults(self.url, "looking it up"):
+                return self.path.exists()
+        try:
+            remote.info(self.url)
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self) -> int:
         """Return a file's size in bytes.
@@ -110,10 +121,43 @@ class Location:
             FileNotFoundError: if there is none.
         """
         if self.is_local:
-            return self.path.stat().st_size
-        filesystem, path = self._remote
-        filesystem.invalidate_cache()
-        return int(filesystem.size(path))
+            with faults(self.url, "looking it up"):
+                return self.path.stat().st_size
+        info = remote.info(self.url)
+        if info["type"] == "directory":
+            raise FileNotFoundError(self.url)
+        return int(info["size"])
+
+    def list(self) -> list[str]:
+        """Return the sorted names in this folder (none if it does not exist), without files still being written."""
+        if self.is_local:
+            with faults(self.url, "listing it"):
+                names = os.listdir(self.path) if self.path.is_dir() else []
+        else:
+            names = remote.names(self.url)
+        return sorted(name for name in names if not name.endswith(PARTIAL))
+
+    def walk(self) -> Iterator[Found]:
+        """Yield all files below this folder, in no particular order, also those still being written.
+
+        Symbolic links are neither followed nor yielded. A file that vanishes meanwhile is left out.
+        """
+        if not self.is_local:
+            for name, info in remote.find(self.url).items():
+                yield Found(name, int(info["size"]), _modified(info))
+            return
+        with faults(self.url, "listing it"):
+            for folder, _, names in os.walk(self.path, onerror=_raise_unless_gone):
+                for name in names:
+                    path = Path(folder, name)
+                    try:
+                        status = path.lstat()
+                    except FileNotFoundError:
+                        continue
+                    if stat.S_ISREG(status.st_mode):
+                        yield Found(path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime)
+
+    # -- reading -----------------------------------------------------------------------------------------------
 
     def read_bytes(self) -> bytes:
         """Return a file's bytes.
@@ -121,86 +165,140 @@ class Location:
         Raises:
             FileNotFoundError: if there is none.
         """
-        if self.is_local:
+        if not self.is_local:
+            return remote.read(self.url)
+        with faults(self.url, "reading it"):
             return self.path.read_bytes()
-        filesystem, path = self._remote
-        return bytes(filesystem.cat_file(path))
 
-    def list(self) -> list[str]:
-        """Return the sorted names in this folder (none if it does not exist), without files still being written."""
+    def read_range(self, start: int, length: int) -> bytes:
+        """Return `length` bytes from byte `start` on; fewer, or none, where the file ends before.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if a number is negative.
+        """
+        if start < 0 or length < 0:
+            raise ValueError(f"{self.url}: bytes {start} to {start + length} are no range")
+        if not self.is_local:
+            # An empty range cannot be asked for; one byte tells whether the file is there.
+            return remote.read(self.url, start, start + max(length, 1))[:length]
+        with faults(self.url, "reading it"), self.path.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(length)
+
+    def tail(self, length: int) -> bytes:
+        """Return a file's last bytes; all of it if it is shorter.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the number is not positive.
+        """
+        if length < 1:
+            raise ValueError(f"{self.url}: the last {length} bytes are none")
+        if not self.is_local:
+            return remote.read(self.url, -length)
+        with faults(self.url, "reading it"), self.path.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - length))
+            return stream.read(length)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the bytes of files in this folder by name; on object storage many at a time.
+
+        Raises:
+            FileNotFoundError: if there is none of a name.
+        """
+        unique = sorted(set(names))
         if self.is_local:
-            names = os.listdir(self.path) if self.path.is_dir() else []
-        else:
-            filesystem, path = self._remote
-            filesystem.invalidate_cache()
-            try:
-                names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False)]
-            except FileNotFoundError:
-                names = []
-        return sorted(name for name in names if not name.endswith(PARTIAL))
+            return {name: (self / name).read_bytes() for name in unique}
+        return dict(zip(unique, remote.read_many([(self / name).url for name in unique]), strict=True))
+
+    # -- writing -----------------------------------------------------------------------------------------------
 
     def make_folder(self) -> None:
         if self.is_local:
-            make_folder(self.path)
+            with faults(self.url, "making the folder"):
+                make_folder(self.path)
 
     def remove(self) -> None:
         """Remove a file; one that does not exist is fine."""
-        if self.is_local:
+        if not self.is_local:
+            remote.remove(self.url)
+            return
+        with faults(self.url, "removing it"):
             self.path.unlink(missing_ok=True)
-        else:
-            filesystem, path = self._remote
-            with contextlib.suppress(FileNotFoundError):
-                filesystem.rm_file(path)
 
     def write(self, data: bytes) -> None:
         """Write a file whole and durably, replacing one of the same name."""
         if not self.is_local:
-            filesystem, path = self._remote
-            filesystem.pipe_file(path, data)
+            remote.write(self.url, data)
             return
-        with self._synced(data) as temporary:
-            os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
+        with self.writing(first_wins=False) as draft:
+            draft.write(data)
 
     def create(self, data: bytes) -> bool:
         """Write a file only if none of that name exists; return whether this call's bytes are the ones there.
 
         Of any number of callers at the same time exactly one wins (a hard link locally, a conditional put on object
-        storage).
+        storage), also if an answer of the server is lost and the put repeated.
         """
         if not self.is_local:
-            filesystem, path = self._remote
-            try:
-                filesystem.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                # S3 answers 412 Precondition Failed, which fsspec may hand on as a plain OSError.
-                if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
-                    return False
-                raise
-            return True
-        with self._synced(data) as temporary:
-            try:
-                os.link(temporary, self.path)
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink()
-        sync_folder(self.path.parent)
-        return True
+            return remote.create(self.url, data)
+        with self.writing(first_wins=True) as draft:
+            draft.write(data)
+        return bool(draft.won)
 
-    @contextlib.contextmanager
-    def _synced(self, data: bytes) -> Iterator[Path]:
-        target = self.path
-        make_folder(target.parent)
-        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    def writing(self, first_wins: bool) -> contextlib.AbstractContextManager[Draft]:
+        """Open a local file to write piece by piece; it gets its name, whole and durably, at the end of the block.
+
+        After the block `won` of the stream says whether it got the name. An exception inside leaves nothing behind.
+
+        Args:
+            first_wins: as `create`, else as `write`.
+
+        Raises:
+            ValueError: on object storage.
+        """
+        return writing(self.path, first_wins=first_wins)
+
+    def require_writable(self) -> None:
+        """Find out, by doing it, whether files can be written here, and on object storage whether the first wins.
+
+        Raises:
+            ResourceError: if not.
+        """
+        probe = f".probe-{uuid.uuid4().hex}{PARTIAL}"
+        if self.is_local:
+            with faults(self.url, "writing there"):
+                existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+                (existing / probe).touch(exist_ok=False)
+                (existing / probe).unlink()
+            return
         try:
-            with temporary.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            yield temporary
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            first, second = (self / probe).create(b"first"), (self / probe).create(b"second")
+        finally:
+            with contextlib.suppress(ResourceError):
+                (self / probe).remove()
+        if not first or second:
+            raise ResourceError(
+                f"{self.url}: this object store replaces objects although asked not to (If-None-Match: *), so two "
+                "writers could both believe that a block is theirs\n  remedy: update the server, or name another place"
+            )
+
+
+def _modified(info: dict[str, Any]) -> float:
+    for key in ("LastModified", "last_modified", "updated", "mtime", "created"):
+        match info.get(key):
+            case datetime() as moment:
+                return moment.timestamp()
+            case str() as text:
+                return datetime.fromisoformat(text).timestamp()
+            case int() | float() as seconds:
+                return float(seconds)
+    raise ResourceError(
+        f"{info.get('name')}: this object store does not tell when it was written\n  remedy: name another place"
+    )
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

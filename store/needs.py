@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from store.dtypes import DTypeName
 from store.rows import Row
-from store.sites import Component
+from store.sites import ALL_TOKENS, Component
+
+AVERAGE = "response_avg"  # the one position that is more than a token
 
 # What some rows lack: components, layers, positions, storage dtype.
 Box = tuple[tuple[Component, ...], tuple[int, ...], tuple[str, ...], DTypeName]
@@ -33,25 +35,31 @@ class Need:
     gaps: dict[tuple[Component, str], set[int]]  # (component, position) -> layers
 
     def take(self, components: Sequence[str], layers: Iterable[int], positions: Sequence[str]) -> bool:
-        """Strike what a generation holds of the row; return whether that was anything."""
+        """Strike what a generation holds of the row; return whether that was anything.
+
+        All tokens hold every position that is one token.
+        """
         taken = False
         for (component, position), missing in self.gaps.items():
-            if component in components and position in positions and not missing.isdisjoint(layers):
+            there = position in positions or (ALL_TOKENS in positions and position != AVERAGE)
+            if component in components and there and not missing.isdisjoint(layers):
                 missing.difference_update(layers)
                 taken = True
         return taken
 
     def boxes(self) -> Iterator[Box]:
         """Yield products of components, layers and positions that hold just what is lacking, each once."""
-        lacking: dict[tuple[Component, tuple[int, ...]], list[str]] = {}
-        for (component, position), layers in self.gaps.items():
-            if layers:
-                lacking.setdefault((component, tuple(sorted(layers))), []).append(position)
+        lacking: dict[tuple[Component, tuple[int, ...], bool], list[str]] = {}
+        for (component, position), gap in self.gaps.items():
+            ragged = position == ALL_TOKENS  # they have a layout, hence a box, of their own
+            missing = gap if ragged or position == AVERAGE else gap - self.gaps.get((component, ALL_TOKENS), set())
+            if missing:
+                lacking.setdefault((component, tuple(sorted(missing)), ragged), []).append(position)
         boxes: dict[tuple[tuple[int, ...], tuple[str, ...]], list[Component]] = {}
-        for (component, sorted_layers), positions in lacking.items():
-            boxes.setdefault((sorted_layers, tuple(positions)), []).append(component)
-        for (sorted_layers, shared), components in boxes.items():
-            yield tuple(components), sorted_layers, shared, self.dtype
+        for (component, layers, _), positions in lacking.items():
+            boxes.setdefault((layers, tuple(positions)), []).append(component)
+        for (layers, shared), components in boxes.items():
+            yield tuple(components), layers, shared, self.dtype
 
 
 def merge_requests(requests: Sequence[CaptureRequest], exact: Callable[[str], bool]) -> list[Need]:
@@ -74,5 +82,7 @@ def merge_requests(requests: Sequence[CaptureRequest], exact: Callable[[str], bo
             for component in request.components:
                 for position in request.positions:
                     wanted = set(request.layers) - served.get((component, position), set())
+                    if position != AVERAGE:
+                        wanted -= served.get((component, ALL_TOKENS), set())
                     need.gaps.setdefault((component, position), set()).update(wanted)
     return list(needs.values())

@@ -11,10 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from store.layout import GenerationPlan
-
-# Bytes at a shard's end that are compared with its commit before it is read: the index, and the checksum of the last
-# chunk, which ties the shard to its content (without compression the indices of all shards are the same).
-TAIL_BYTES = 4096
+from store.shards import Shard
 
 
 def sha256(data: bytes) -> str:
@@ -34,24 +31,12 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What a committed shard must look like.
-
-    SHA-256, because a CRC will not do: the CRC of bytes that end in their own CRC, as chunks do, is always the same.
-    """
-
-    size: int  # bytes
-    sha256: str
-    tail_sha256: str  # of the last TAIL_BYTES
-
-    @classmethod
-    def of(cls, data: bytes) -> Shard:
-        return cls(len(data), sha256(data), sha256(data[-TAIL_BYTES:]))
-
-
-@dataclass(frozen=True)
 class Commit:
-    """A commit record: which rows a block holds, and what its shards must look like."""
+    """A commit record: which rows a block holds, and what its shards must look like.
+
+    It keeps the crc32c of every chunk: a chunk that carries the right checksum of its own, but stands in the wrong
+    place, is found too.
+    """
 
     generation: str
     model: str
@@ -62,7 +47,10 @@ class Commit:
     provenance: Mapping[str, Any]
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, indent=1).encode()
+        record = asdict(self)
+        for shard in record["shards"].values():
+            shard["chunks"] = " ".join(f"{checksum:08x}" for checksum in shard["chunks"])
+        return json.dumps(record, sort_keys=True, indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Commit:
@@ -72,5 +60,8 @@ class Commit:
             ValueError, TypeError, KeyError, AttributeError: if it is not one.
         """
         record = json.loads(data)
-        shards = {component: Shard(**shard) for component, shard in record["shards"].items()}
+        shards = {
+            component: Shard(**{**shard, "chunks": tuple(int(checksum, 16) for checksum in shard["chunks"].split())})
+            for component, shard in record["shards"].items()
+        }
         return cls(**{**record, "shards": shards})

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from store.fingerprint import fingerprint
-from store.sites import Spans
+from store.sites import Spans, token_index
 
 RowSource = Literal["prompt", "given", "generated"]
 
@@ -97,8 +99,31 @@ def rows_from_bytes(data: bytes) -> list[Row]:
     return rows_from_table(pq.read_table(io.BytesIO(data), page_checksum_verification=True))
 
 
-def row_keys_from_bytes(data: bytes) -> list[str]:
-    """Return the keys of `rows_to_bytes`' rows, without making the rows."""
-    table = pq.read_table(io.BytesIO(data), columns=["row_key"], page_checksum_verification=True)
-    keys: list[str] = table["row_key"].to_pylist()
-    return keys
+@dataclass(frozen=True)
+class RowTable:
+    """Keys and spans of many rows, without their tokens."""
+
+    keys: list[str]
+    prompt_length: npt.NDArray[np.int64]  # [row], tokens
+    response_end: npt.NDArray[np.int64]  # [row], tokens
+
+    def first_tokens(self, position: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the token index of a position that is one token, for each of `rows`; -1 where a row has none."""
+        prompt, end = self.prompt_length[rows], self.response_end[rows]
+        if position == "prompt_end":
+            return prompt - 1
+        if position == "response_start":
+            return np.where(end > prompt, prompt, -1)
+        if position == "response_avg":
+            raise ValueError(f"{position} is more than one token")
+        index = token_index(position)
+        tokens = np.full(len(rows), index) if index >= 0 else end + index
+        return np.where((tokens >= 0) & (tokens < end), tokens, -1)
+
+
+def row_table_from_bytes(data: bytes) -> RowTable:
+    """Return keys and spans of `rows_to_bytes`' rows, without making the rows."""
+    columns = ["row_key", "prompt_length", "response_end"]
+    table = pq.read_table(io.BytesIO(data), columns=columns, page_checksum_verification=True)
+    spans = [table[name].to_numpy().astype(np.int64) for name in columns[1:]]
+    return RowTable(table["row_key"].to_pylist(), *spans)

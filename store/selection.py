@@ -1,36 +1,90 @@
-"""Selections: activations of given rows, wherever in the store they lie, read part by part."""
+"""Selections: activations of given rows, wherever in the store they lie, as a lazy array.
+
+Reading goes part by part: a part is some rows of one block with some of the layers, and every (row, layer) occurs in
+exactly one part. Within a part one layer after the other is read, a few chunks ahead, so memory stays at a few chunks
+whatever is selected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from store.dtypes import to_float32
-from store.errors import MismatchError, MissingDataError
+from store.dtypes import NUMPY_DTYPES, to_float32
+from store.errors import ResidError
 from store.fingerprint import short
 from store.generation import Generation
+from store.readers import DirectReader, OpenShard
+from store.sites import ALL_TOKENS
+
+if TYPE_CHECKING:
+    import dask.array
+    import torch
+    import xarray
+
+AHEAD = 16  # chunks of about 4 MiB that are announced to the system, or fetched from object storage, before their turn
+FETCHERS = 4  # threads
+
+Dtype = Literal["float32", "stored"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The selected rows and layers of one block."""
+    """The selected rows (or tokens) and layers of one block."""
 
     generation: Generation
     block: int
-    within: npt.NDArray[np.int64]  # rows, as indices within the block
-    into: npt.NDArray[np.int64]  # the same rows, as indices into the selection
+    within: npt.NDArray[np.int64]  # rows (tokens), as indices within the block
+    into: npt.NDArray[np.int64]  # the same, as indices into the selection's first axis
     layers: tuple[int, ...]  # absolute
     at: npt.NDArray[np.int64]  # the same layers, as indices into the selection's layers
+    position: int | None  # which of the block's positions; None where a chunk has none (all tokens)
+
+    @cached_property
+    def stored_at(self) -> tuple[int, ...]:
+        """The layers as positions in the shard."""
+        return tuple(self.generation.plan.layers.index(layer) for layer in self.layers)
+
+    @cached_property
+    def whole(self) -> int | None:
+        """The number of entries if they are the first ones of the block, in order and without gaps; else None."""
+        count = len(self.within)
+        return count if np.array_equal(self.within, np.arange(count)) else None
+
+    def only(self, index: int) -> Part:
+        """Return the part with one of its layers, given by its index."""
+        chosen = slice(index, index + 1)
+        return replace(self, layers=self.layers[chosen], at=self.at[chosen])
+
+    def pick(self, chunk: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the selected entries of a chunk [entry, *inner]: [entry, d_model]."""
+        values = chunk if self.position is None else chunk[:, self.position]
+        return values[: self.whole] if self.whole is not None else values[self.within]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows (tokens) of a selection with some of its layers, in memory."""
+
+    rows: npt.NDArray[np.int64]  # indices into the selection's first axis
+    layers: tuple[int, ...]
+    values: npt.NDArray[Any]  # [row or token, layer, d_model]
 
 
 class Selection:
-    """Activations of given rows at one component and position, lazily read.
+    """Activations of given rows at one component and position: a lazy array [row, layer, d_model].
 
-    Reading goes part by part: a part is some rows of one block with some of the layers, and every (row, layer) occurs
-    in exactly one part. Parts come in a fixed order, so that sums over them are reproducible.
+    With one layer given as a number there is no layer axis; with the position `all_tokens` the first axis is token, and
+    `offsets` ``[row + 1]`` says where each row's begin and end. Values come as float32, which holds every storage dtype
+    exactly: arithmetic on 16-bit floats overflows or loses.
     """
 
     def __init__(
@@ -41,104 +95,303 @@ class Selection:
         component: str,
         position: str,
         parts: Sequence[Part],
+        offsets: npt.NDArray[np.int64] | None = None,
+        layer_axis: bool = True,
     ):
         self.row_keys, self.layers, self.d_model = row_keys, layers, d_model
         self.component, self.position = component, position
-        self.parts = tuple(parts)
+        self.parts, self.offsets, self.layer_axis = tuple(parts), offsets, layer_axis
+
+    # -- what it looks like ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.row_keys)
+        """The length of the first axis."""
+        return len(self.row_keys) if self.offsets is None else int(self.offsets[-1])
 
-    def read(self, part: Part) -> npt.NDArray[np.float32]:
-        """Return the values of one part: [row, layer, d_model]."""
-        values = part.generation.read_block(self.component, part.block, part.layers, self.position)
-        if not np.array_equal(part.within, np.arange(len(values))):
-            values = values[part.within]
-        return to_float32(values)
+    @property
+    def dims(self) -> tuple[str, ...]:
+        first = "row" if self.offsets is None else "token"
+        return (first, "layer", "d_model") if self.layer_axis else (first, "d_model")
 
-    def to_numpy(self) -> npt.NDArray[np.float32]:
-        """Return everything, rows in the order of `row_keys`: [row, layer, d_model]."""
-        result = np.empty((len(self), len(self.layers), self.d_model), dtype=np.float32)
-        for part in self.parts:
-            result[np.ix_(part.into, part.at)] = self.read(part)
-        return result
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), len(self.layers), self.d_model) if self.layer_axis else (len(self), self.d_model)
 
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
 
-def select(
-    holders: Sequence[Generation], keys: tuple[str, ...], component: str, position: str, layers: Sequence[int] | None
-) -> Selection:
-    """Find committed rows in generations that hold the component and position; the first that has a cell serves it.
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The dtype on disk; float32 where captures of different dtypes serve the rows."""
+        names = {part.generation.plan.dtype for part in self.parts}
+        return NUMPY_DTYPES[names.pop() if len(names) == 1 else "float32"]
 
-    See `store.activations.ModelStore.select`.
-    """
-    if not keys:
-        raise MissingDataError("no rows were asked for")
-    if len(set(keys)) < len(keys):
-        raise MismatchError("a row was asked for twice")
-    held = sorted({layer for generation in holders for layer in generation.plan.layers})
-    wanted = held if layers is None else list(layers)
-    if len(set(wanted)) < len(wanted):
-        raise MismatchError(f"a layer was asked for twice: {wanted}")
-    server = np.full((len(keys), len(wanted)), -1, dtype=np.int64)  # [row, layer] -> holder
-    indices = np.full((len(holders), len(keys)), -1, dtype=np.int64)  # [holder, row] -> index in its array
-    for g, generation in enumerate(holders):
-        indices[g] = at = np.array([generation.index.get(key, -1) for key in keys])
-        done = np.array(sorted(generation.committed()), dtype=np.int64)
-        there = (at >= 0) & np.isin(at // generation.plan.block_rows, done)
-        has_layer = np.isin(wanted, generation.plan.layers)
-        server[np.outer(there, has_layer) & (server < 0)] = g
-    if layers is None:
-        lacking = np.flatnonzero(np.all(server < 0, axis=1))
-        everywhere = np.flatnonzero(np.all(server >= 0, axis=0))
-        wanted, server = [wanted[i] for i in everywhere], server[:, everywhere]
-    else:
-        lacking = np.flatnonzero(np.any(server < 0, axis=1))
-    remedy = "remedy: resid capture --study <study>"
-    if len(lacking):
-        which = "" if layers is None else f" at all of the layers {wanted}"
-        raise MissingDataError(
-            f"{len(lacking)} of {len(keys)} rows have no {component} at {position}{which} "
-            f"(first: row {short(keys[lacking[0]])})\n  {remedy}"
+    def dtype_of(self, dtype: Dtype) -> np.dtype[Any]:
+        """Return the dtype that values of this selection come in.
+
+        Raises:
+            ValueError: for anything but "float32" and "stored".
+        """
+        if dtype not in ("float32", "stored"):
+            raise ValueError(f'dtype is "float32" or "stored", not {dtype!r}')
+        return self.stored_dtype if dtype == "stored" else np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the selected values as they are stored."""
+        values = len(self) * len(self.layers) * self.d_model
+        return values * self.stored_dtype.itemsize
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {size}" for name, size in zip(self.dims, self.shape, strict=True))
+        layers = f"{self.layers[0]}" if len(self.layers) == 1 else f"{self.layers[0]}..{self.layers[-1]}"
+        return (
+            f"<Selection ({sizes}) {self.component}.{layers} at {self.position}, stored as {self.stored_dtype}, "
+            f"{self.nbytes / 1e6:,.1f} MB in {len(self.parts)} blocks; .to_numpy() reads it>"
         )
-    if not wanted:
-        raise MissingDataError(f"no layer of {component} at {position} is captured of all rows\n  {remedy}")
-    parts = _parts(holders, server, indices, wanted)
-    return Selection(keys, tuple(wanted), holders[0].plan.d_model, component, position, parts)
+
+    def in_stored_order(self) -> Selection:
+        """Return the same rows in the order in which they are stored: reading by blocks is then reading in order."""
+        first: dict[int, None] = {}
+        for part in self.parts:
+            rows = part.into if self.offsets is None else np.searchsorted(self.offsets, part.into, side="right") - 1
+            first.update(dict.fromkeys(int(row) for row in rows))
+        return self.isel(np.array(list(first), dtype=np.int64))
+
+    def isel(self, rows: npt.ArrayLike | slice) -> Selection:
+        """Return some of the rows, by index into `row_keys`, in the order given."""
+        every = np.arange(len(self.row_keys))
+        chosen = every[rows] if isinstance(rows, slice) else every[np.asarray(rows)]
+        if not len(chosen) or len(np.unique(chosen)) < len(chosen):
+            raise ValueError("choose at least one row, and each at most once")
+        # Old index of the first axis -> new one, or -1.
+        offsets, lookup = None, np.full(len(self), -1, dtype=np.int64)
+        if self.offsets is None:
+            lookup[chosen] = np.arange(len(chosen))
+        else:
+            lengths = np.diff(self.offsets)[chosen]
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            lookup[ranges(self.offsets[:-1][chosen], lengths)] = np.arange(offsets[-1])
+        parts = []
+        for part in self.parts:
+            into = lookup[part.into]
+            kept = into >= 0
+            if kept.any():
+                parts.append(replace(part, within=part.within[kept], into=into[kept]))
+        keys = tuple(self.row_keys[i] for i in chosen)
+        return Selection(
+            keys, self.layers, self.d_model, self.component, self.position, parts, offsets, self.layer_axis
+        )
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def read(self, part: Part, dtype: Dtype = "float32") -> npt.NDArray[Any]:
+        """Return the values of one part: [row or token, layer, d_model].
+
+        Raises:
+            DamageError: if its bytes are not those that were committed.
+        """
+        values = np.empty((len(part.layers), len(part.within), self.d_model), self.dtype_of(dtype))
+        for index, found in self.chunks([part], dtype, into=lambda _, index: values[index]):
+            del index, found
+        return values.transpose(1, 0, 2)
+
+    def chunks(
+        self, parts: Iterable[Part] | None = None, dtype: Dtype = "float32", into: Any = None
+    ) -> Iterator[tuple[tuple[Part, int], npt.NDArray[Any]]]:
+        """Yield ((part, index into its layers), values [row or token, d_model]), one layer of one part at a time.
+
+        The values are overwritten by the next step, unless `into` is given.
+
+        Args:
+            into: called with part and index; returns the array to put the values into.
+
+        Raises:
+            DamageError: if bytes are not those that were committed.
+        """
+        target_dtype = self.dtype_of(dtype)
+        buffers = _Buffers()
+        for part, index, opened in self._opened(self.parts if parts is None else parts):
+            shape = (len(part.within), self.d_model)
+            out = buffers.take("out", shape, target_dtype) if into is None else into(part, index)
+            plan = part.generation.plan
+            plain = part.whole is not None and (part.position is None or len(plan.positions) == 1)
+            if plain and target_dtype == NUMPY_DTYPES[plan.dtype] and out.flags.c_contiguous:
+                opened.read([part.stored_at[index]], out.reshape(1, len(out), *plan.inner))
+            else:
+                scratch = buffers.take("chunk", (1, *plan.shard_shape.chunk_shape), NUMPY_DTYPES[plan.dtype])
+                opened.read([part.stored_at[index]], scratch)
+                found = part.pick(scratch[0])
+                if target_dtype == found.dtype:
+                    np.copyto(out, found)
+                else:
+                    to_float32(found, out)
+            yield (part, index), out
+
+    def _opened(self, parts: Iterable[Part]) -> Iterator[tuple[Part, int, OpenShard]]:
+        """Yield every layer of every part with its opened shard, announcing or fetching what comes next."""
+        steps = deque((part, index) for part in parts for index in range(len(part.layers)))
+        if all(isinstance(part.generation.reader, DirectReader) for part, _ in steps):
+            yield from self._direct(steps)
+        else:
+            yield from self._fetched(steps)
+
+    def _direct(self, steps: deque[tuple[Part, int]]) -> Iterator[tuple[Part, int, OpenShard]]:
+        def announce(part: Part, index: int) -> None:
+            part.generation.reader.will_need(self.component, part.block, [part.stored_at[index]])
+
+        ordered = list(steps)
+        for step in ordered[:AHEAD]:
+            announce(*step)
+        at = 0
+        while at < len(ordered):
+            part = ordered[at][0]
+            with part.generation.open_block(self.component, part.block) as opened:
+                while at < len(ordered) and ordered[at][0] is part:
+                    if at + AHEAD < len(ordered):
+                        announce(*ordered[at + AHEAD])
+                    yield part, ordered[at][1], opened
+                    at += 1
+
+    def _fetched(self, steps: deque[tuple[Part, int]]) -> Iterator[tuple[Part, int, OpenShard]]:
+        def fetch(part: Part, indices: list[int]) -> npt.NDArray[Any]:
+            with part.generation.open_block(self.component, part.block) as opened:
+                return opened.read([part.stored_at[index] for index in indices])
+
+        # A request fetches several layers of a block: object storage takes its time for each.
+        groups: list[tuple[Part, list[int]]] = []
+        for part, index in steps:
+            if groups and groups[-1][0] is part and len(groups[-1][1]) < FETCHERS:
+                groups[-1][1].append(index)
+            else:
+                groups.append((part, [index]))
+        waiting = iter(groups)
+        with ThreadPoolExecutor(FETCHERS) as pool:
+            running: deque[tuple[Part, list[int], Future[npt.NDArray[Any]]]] = deque()
+            for part, indices in islice(waiting, FETCHERS):
+                running.append((part, indices, pool.submit(fetch, part, indices)))
+            while running:
+                part, indices, future = running.popleft()
+                fetched = _Fetched(future.result(), {part.stored_at[index]: i for i, index in enumerate(indices)})
+                for following, its in islice(waiting, 1):
+                    running.append((following, its, pool.submit(fetch, following, its)))
+                for index in indices:
+                    yield part, index, fetched
+
+    def blocks(self, dtype: Dtype = "float32") -> Iterator[Block]:
+        """Yield the selection block by block as it is stored; see `Block`.
+
+        Raises:
+            DamageError: if bytes are not those that were committed.
+        """
+        for part in self.parts:
+            yield Block(part.into, part.layers, self.read(part, dtype))
+
+    # -- conversions -------------------------------------------------------------------------------------------
+
+    def to_numpy(self, dtype: Dtype = "float32") -> npt.NDArray[Any]:
+        """Return everything, in the order of `row_keys`, with the axes of `dims`.
+
+        In memory the layers come first, so that what is taken of one layer is contiguous.
+
+        Raises:
+            DamageError: if bytes are not those that were committed.
+        """
+        values = np.empty((len(self.layers), len(self), self.d_model), self.dtype_of(dtype))
+        straight = {id(part): _as_slice(part.into) for part in self.parts}
+
+        def into(part: Part, index: int) -> npt.NDArray[Any]:
+            rows = straight[id(part)]
+            layer = values[part.at[index]]
+            return layer[rows] if rows is not None else np.empty((len(part.into), self.d_model), values.dtype)
+
+        for (part, index), found in self.chunks(None, dtype, into):
+            if straight[id(part)] is None:
+                values[part.at[index], part.into] = found
+        return values.transpose(1, 0, 2) if self.layer_axis else values[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("a selection is on disk: it has no array without a copy")
+        return self.to_numpy() if dtype is None else self.to_numpy().astype(dtype, copy=False)
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Return the mean over the first axis, [layer, d_model] (or [d_model]), in one pass over the blocks.
+
+        How exactly it is summed: `store.reduce.group_sums`.
+        """
+        from store.reduce import group_sums
+
+        sums = group_sums(self, np.zeros(len(self), dtype=np.int64), 1)[0] / len(self)
+        mean: npt.NDArray[np.float64] = sums if self.layer_axis else sums[0]
+        return mean
+
+    def to_dask(self, dtype: Dtype = "float32") -> dask.array.Array:
+        """Return a Dask array over the selection, a chunk per block and layer; `in_stored_order` first is fastest."""
+        from store.bridges import to_dask
+
+        return to_dask(self, dtype)
+
+    def to_xarray(self, dtype: Dtype = "float32") -> xarray.DataArray:
+        """Return a lazy xarray.DataArray (over `to_dask`) with the coordinates row, layer and, of all tokens, token."""
+        from store.bridges import to_xarray
+
+        return to_xarray(self, dtype)
+
+    def to_torch(self, dtype: Dtype = "float32") -> torch.Tensor:
+        """Return `to_numpy` as a torch tensor on the CPU; "stored" gives torch.bfloat16 where that is stored."""
+        from store.bridges import to_torch
+
+        return to_torch(self, dtype)
+
+    @property
+    def token_rows(self) -> npt.NDArray[np.int64]:
+        """Which row each token belongs to, [token]; all tokens only."""
+        if self.offsets is None:
+            raise ResidError(f"only the position {ALL_TOKENS} has tokens; this selection is at {self.position}")
+        rows: npt.NDArray[np.int64] = np.repeat(np.arange(len(self.row_keys)), np.diff(self.offsets))
+        return rows
+
+    def describe_row(self, index: int) -> str:
+        """Name a row in a message."""
+        return f"row {short(self.row_keys[index])}"
 
 
-def _parts(
-    holders: Sequence[Generation],
-    server: npt.NDArray[np.int64],
-    indices: npt.NDArray[np.int64],
-    layers: Sequence[int],
-) -> list[Part]:
-    """Cut a selection into parts, by holder and block: rows of a block served at the same layers are one part.
+class _Fetched:
+    """Chunks of one block that are in memory already."""
 
-    Args:
-        server: which holder serves, [row, layer].
-        indices: where the holder has the row, [holder, row].
-    """
-    parts = []
-    for g, generation in enumerate(holders):
-        mine = server == g
-        rows = np.flatnonzero(mine.any(axis=1))
-        if not len(rows):
-            continue
-        patterns, pattern = np.unique(mine[rows], axis=0, return_inverse=True)
-        at = indices[g, rows]
-        block = at // generation.plan.block_rows
-        order = np.lexsort((at, pattern, block))
-        starts = np.flatnonzero(np.diff(block[order], prepend=-1) | np.diff(pattern[order], prepend=-1))
-        for members in np.split(order, starts[1:]):
-            layers_at = np.flatnonzero(patterns[pattern[members[0]]])
-            parts.append(
-                Part(
-                    generation,
-                    int(block[members[0]]),
-                    at[members] % generation.plan.block_rows,
-                    rows[members],
-                    tuple(layers[int(i)] for i in layers_at),
-                    layers_at,
-                )
-            )
-    return parts
+    def __init__(self, values: npt.NDArray[Any], at: dict[int, int]):
+        self._values, self._at = values, at
+
+    def read(self, layers: Sequence[int], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        found = self._values[[self._at[layer] for layer in layers]]
+        if out is None:
+            return found
+        out[...] = found[:, : out.shape[1]]
+        return out
+
+
+class _Buffers:
+    """Memory that is used again: fresh pages cost as much as the copy into them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        size = int(np.prod(shape)) * dtype.itemsize
+        if name not in self._held or self._held[name].nbytes < size:
+            self._held[name] = np.empty(size, dtype=np.uint8)
+        return self._held[name][:size].view(dtype).reshape(shape)
+
+
+def ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return start, start + 1, ..., start + length - 1 of every pair, one after the other."""
+    ends = np.cumsum(lengths)
+    found: npt.NDArray[np.int64] = np.repeat(starts - (ends - lengths), lengths)
+    return found + np.arange(len(found))
+
+
+def _as_slice(indices: npt.NDArray[np.int64]) -> slice | None:
+    start = int(indices[0])
+    return slice(start, start + len(indices)) if (np.diff(indices) == 1).all() else None

@@ -11,6 +11,7 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 RESPONSE_POSITIONS = ("response_start", "response_avg")
 NAMED_POSITIONS = ("prompt_end", *RESPONSE_POSITIONS)
+ALL_TOKENS = "all_tokens"  # what a capture may ask for: every token of prompt and response, each on its own
 _TOKEN = re.compile(r"token:(0|-?[1-9][0-9]*)")  # one spelling per index
 
 
@@ -61,6 +62,18 @@ def check_position(text: str) -> str:
     raise ValueError(f"unknown position {text!r}; known: {', '.join(NAMED_POSITIONS)}, token:<index>")
 
 
+def token_index(position: str) -> int:
+    """Return the index of ``token:<index>``.
+
+    Raises:
+        ValueError: for any other position.
+    """
+    match = _TOKEN.fullmatch(position)
+    if match is None:
+        raise ValueError(f"unknown position {position!r}")
+    return int(match[1])
+
+
 @dataclass(frozen=True)
 class Spans:
     """Which tokens of a row are prompt and response: half-open ranges over token indices of the unpadded row.
@@ -81,7 +94,8 @@ class Spans:
         return self.response_end > self.prompt_length
 
     def token_range(self, position: str) -> tuple[int, int]:
-        """Return the half-open range of tokens that a position averages over (one token, except response_avg).
+        """Return the half-open range of tokens of a position: one token; of response_avg, those that it averages over;
+        of all_tokens, every one.
 
         Raises:
             ValueError: if the row has no such position (a response position without a response, or an index
@@ -89,15 +103,14 @@ class Spans:
         """
         if position == "prompt_end":
             return self.prompt_length - 1, self.prompt_length
+        if position == ALL_TOKENS:
+            return 0, self.response_end
         if position in RESPONSE_POSITIONS:
             if not self.has_response:
                 raise ValueError(f"position {position} needs a response, and this row has none")
             end = self.prompt_length + 1 if position == "response_start" else self.response_end
             return self.prompt_length, end
-        match = _TOKEN.fullmatch(position)
-        if match is None:
-            raise ValueError(f"unknown position {position!r}")
-        index = int(match[1])
+        index = token_index(position)
         start = index + self.response_end if index < 0 else index
         if not 0 <= start < self.response_end:
             raise ValueError(f"position {position} is outside a row of {self.response_end} tokens")

@@ -27,7 +27,7 @@ from store.layers import LayerNumber, Layers
 from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
 from store.sites import Component
-from store.study_types import Name, Names, Position, Scalar, SetName, StudyName, distinct
+from store.study_types import CapturePosition, Name, Names, Position, Scalar, SetName, StudyName, distinct
 from store.yaml_file import fault, nearest
 
 
@@ -119,7 +119,7 @@ class CaptureEntry(Strict):
     prompts: Names
     components: list[Component] = Field(default=["resid_post"], min_length=1)
     layers: Layers = "all"
-    positions: list[Position] = Field(default=["prompt_end"], min_length=1)
+    positions: list[CapturePosition] = Field(default=["prompt_end"], min_length=1)
     responses: str | None = Field(default=None, description="capture with the text generated under this condition")
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
@@ -380,6 +380,7 @@ class Study(Strict):
         default=None, ge=1, description="tokens (padding included) in one capture batch; default: by device"
     )
     block_rows: int | None = Field(default=None, ge=1, description="rows in one capture block; default: by size")
+    compression: Literal["none", "zstd"] = Field(default="none", description="of new captures; zstd on object storage")
     store: str = Field(default="resid-data/store", min_length=1)
     results: str = Field(default="resid-data/results", min_length=1)
     ray: RaySettings = RaySettings()

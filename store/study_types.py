@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from store.sites import NAMED_POSITIONS, check_position
+from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
 
 Scalar = str | int | float | bool | None
@@ -51,3 +51,4 @@ StudyName = Annotated[str, AfterValidator(_study_name)]
 SetName = Annotated[str, AfterValidator(_set_name)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(distinct)]
 Position = Annotated[str, AfterValidator(_position)]
+CapturePosition = Annotated[str, AfterValidator(lambda text: text if text == ALL_TOKENS else _position(text))]

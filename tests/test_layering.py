@@ -22,16 +22,20 @@ MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py
 
 # Third-party packages that a floor may import. Those of one place only are below.
 STORE = {"numpy", "zarr", "pyarrow", "duckdb", "pydantic", "pydantic_core", "yaml", "fsspec", "crc32c", "ml_dtypes"}
+BRIDGES = {"dask", "torch", "xarray"}
 ALLOWED = {
-    "store": STORE | {"datasets"},  # `datasets` only where a study names a hub data set
+    # `datasets` only where a study names a hub data set; the bridges only where one is asked for.
+    "store": STORE | {"datasets", *BRIDGES},
     "analysis": STORE | {"dask", "sklearn", "matplotlib"},
 }
 # Imported in one place: package -> what the module's name must start with.
+BRIDGE = ("store/bridges.py", "store/selection.py")  # the latter for the types of its methods
 ONE_PLACE = {
     "ray": ("pipeline/cluster",),
-    "torch": ("pipeline/",),
+    "torch": ("pipeline/", *BRIDGE),
     "transformers": ("pipeline/",),
-    "dask": ("analysis/",),
+    "dask": ("analysis/", *BRIDGE),
+    "xarray": BRIDGE,
     "sklearn": ("analysis/",),
     "matplotlib": ("analysis/",),
     "datasets": ("store/prompt",),
@@ -108,6 +112,13 @@ def test_stages_that_read_the_store_never_import_the_models_libraries() -> None:
         + "".join(f"import jobs.{stage}\n" for stage in WITHOUT_TORCH)
         + "print(*sorted({'torch', 'transformers', 'ray', 'peft'} & set(sys.modules)))"
     )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_the_store_imports_none_of_the_libraries_that_it_can_convert_to() -> None:
+    modules = [f"store.{path.stem}" for path in MODULES if path.parent.name == "store" and path.stem != "__init__"]
+    code = f"import sys, {', '.join(modules)}\nprint(*sorted({BRIDGES} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
 

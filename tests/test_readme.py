@@ -50,7 +50,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for generation in {block.generation for block in model.create(model.work([request]))}:
         [found] = [one for one in model.generations() if one.id == generation]
         for block in range(found.plan.n_blocks):
-            start, stop = found.block_range(block)
+            start, stop = found.plan.block_range(block)
             found.write_block(block, {"resid_post": np.ones((stop - start, 30, 1, 8), dtype=np.float32)})
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict[str, object] = {}

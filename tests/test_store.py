@@ -35,7 +35,7 @@ from store.dtypes import NUMPY_DTYPES
 from store.errors import MismatchError, MissingDataError, NonFiniteError
 from store.generation import Generation
 from store.layout import GenerationPlan, default_block_rows, encode_shard
-from store.rows import Row, row_keys_from_bytes, rows_from_bytes, rows_to_bytes
+from store.rows import Row, row_table_from_bytes, rows_from_bytes, rows_to_bytes
 from store.sites import Spans
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -53,7 +53,7 @@ def held(model: ModelStore) -> list[Cell]:
     for generation in model.generations():
         plan = generation.plan
         for block in generation.committed():
-            start, stop = generation.block_range(block)
+            start, stop = generation.plan.block_range(block)
             cells += [
                 (key, component, layer, position)
                 for key in generation.keys[start:stop]
@@ -125,7 +125,17 @@ def test_a_generation_is_byte_for_byte_what_zarr_python_writes(tmp_path: Path, d
 
 def test_encode_shard_fills_a_partial_block_with_nan() -> None:
     values = np.ones((2, 3, 1, 4), dtype=np.float32)
-    shard = np.frombuffer(encode_shard(values, 5)[: 3 * (5 * 4 * 4 + 4)], dtype=np.uint8).reshape(3, -1)
+    plan = GenerationPlan(
+        model=MODEL,
+        d_model=4,
+        components=("resid_post",),
+        layers=(0, 1, 2),
+        positions=("prompt_end",),
+        dtype="float32",
+        n_rows=2,
+        block_rows=5,
+    )
+    shard = np.frombuffer(encode_shard(values, plan)[: 3 * (5 * 4 * 4 + 4)], dtype=np.uint8).reshape(3, -1)
     first_layer = shard[0, :-4].copy().view(np.float32).reshape(5, 4)
     assert (first_layer[:2] == 1).all()
     assert np.isnan(first_layer[2:]).all()
@@ -155,7 +165,7 @@ def test_rows_survive_parquet() -> None:
     ]
     data = rows_to_bytes(rows)
     assert rows_from_bytes(data) == rows
-    assert row_keys_from_bytes(data) == [row.key for row in rows]
+    assert row_table_from_bytes(data).keys == [row.key for row in rows]
 
 
 def test_a_row_is_its_model_tokens_and_spans() -> None:
@@ -256,7 +266,7 @@ def test_select_equals_a_dictionary_of_all_committed_cells(case: Any) -> None:
         )
         generation = Generation.create(model.location, plan, rows)
         for block in blocks:
-            start, stop = generation.block_range(block)
+            start, stop = generation.plan.block_range(block)
             generation.write_block(block, activations(rows[start:stop], plan))
         cells.update(
             ((rows[i].key, layer, p), truth(rows[i], "resid_post", layer, p))
@@ -532,4 +542,4 @@ def test_creating_a_generation_again_changes_nothing(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert Generation.create(model.location, plan, rows).id == generation.id
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    assert json.loads((generation.records.path / "generation.json").read_bytes())["format_version"] == 1
+    assert json.loads((generation.records.path / "generation.json").read_bytes())["format_version"] == 2

@@ -257,10 +257,10 @@ def test_a_commit_of_a_block_that_does_not_exist_is_damage_and_serves_nothing(mo
 def test_a_newer_format_is_refused(tmp_path: Path, model: ModelStore) -> None:
     (generation,) = model.generations()
     record = generation.records.path / "generation.json"
-    record.write_text(record.read_text().replace('"format_version": 1', '"format_version": 2'))
+    record.write_text(record.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(MismatchError, match="update resid"):
         values(model)
-    (tmp_path / "store" / "resid.json").write_text('{"format_version": 2}')
+    (tmp_path / "store" / "resid.json").write_text('{"format_version": 3}')
     with pytest.raises(MismatchError, match="update resid"):
         ActivationStore.open(str(tmp_path / "store"))
 

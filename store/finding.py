@@ -1,0 +1,151 @@
+"""Finding committed activations: which capture serves which row at which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from store.errors import MismatchError, MissingDataError
+from store.fingerprint import short
+from store.generation import Generation
+from store.selection import Part, Selection, ranges
+from store.sites import ALL_TOKENS
+
+CAPTURE = "resid capture --study <study>"
+
+
+def holds(generation: Generation, component: str, position: str) -> bool:
+    """Tell whether a generation has a component at a position: all tokens hold every position that is one of them."""
+    plan = generation.plan
+    there = position in plan.positions or (plan.ragged and position != "response_avg")
+    return component in plan.components and there
+
+
+def select(
+    holders: Sequence[Generation],
+    keys: tuple[str, ...],
+    component: str,
+    position: str,
+    layers: Sequence[int] | None,
+    remedy: str = CAPTURE,
+) -> Selection:
+    """Find committed rows in generations that hold the component and position; the first that has a cell serves it.
+
+    See `store.activations.ModelStore.select`.
+
+    Args:
+        remedy: the command that would capture what is missing.
+    """
+    if not keys:
+        raise MissingDataError("no rows were asked for")
+    if len(set(keys)) < len(keys):
+        raise MismatchError("a row was asked for twice")
+    held = sorted({layer for generation in holders for layer in generation.plan.layers})
+    wanted = held if layers is None else list(layers)
+    if len(set(wanted)) < len(wanted):
+        raise MismatchError(f"a layer was asked for twice: {wanted}")
+    server = np.full((len(keys), len(wanted)), -1, dtype=np.int64)  # [row, layer] -> holder
+    indices = np.full((len(holders), len(keys)), -1, dtype=np.int64)  # [holder, row] -> index in its array
+    for g, generation in enumerate(holders):
+        plan, index = generation.plan, generation.index
+        indices[g] = at = np.fromiter((index.get(key, -1) for key in keys), dtype=np.int64, count=len(keys))
+        done = np.zeros(plan.n_blocks, dtype=bool)
+        done[[block for block in generation.committed() if block < plan.n_blocks]] = True
+        there = (at >= 0) & done[plan.blocks_of(at)]
+        if plan.ragged and position != ALL_TOKENS:
+            there[there] = generation.row_table.first_tokens(position, at[there]) >= 0
+        has_layer = np.isin(wanted, plan.layers)
+        server[np.outer(there, has_layer) & (server < 0)] = g
+    if layers is None:
+        lacking = np.flatnonzero(np.all(server < 0, axis=1))
+        everywhere = np.flatnonzero(np.all(server >= 0, axis=0))
+        wanted, server = [wanted[i] for i in everywhere], server[:, everywhere]
+    else:
+        lacking = np.flatnonzero(np.any(server < 0, axis=1))
+    if len(lacking):
+        which = "" if layers is None else f" at all of the layers {wanted}"
+        raise MissingDataError(
+            f"{len(lacking)} of {len(keys)} rows have no {component} at {position}{which} "
+            f"(first: row {short(keys[lacking[0]])})\n  remedy: {remedy}"
+        )
+    if not wanted:
+        raise MissingDataError(f"no layer of {component} at {position} is captured of all rows\n  remedy: {remedy}")
+    offsets = _offsets(holders, server, indices) if position == ALL_TOKENS else None
+    parts = _parts(holders, server, indices, wanted, position, offsets)
+    return Selection(keys, tuple(wanted), holders[0].plan.d_model, component, position, parts, offsets)
+
+
+def _offsets(
+    holders: Sequence[Generation], server: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return where each row's tokens begin in a selection of all tokens, and where the last one ends, [row + 1]."""
+    lengths = np.zeros(server.shape[0], dtype=np.int64)
+    for g, generation in enumerate(holders):
+        mine = (server == g).any(axis=1)
+        lengths[mine] = generation.row_table.response_end[indices[g, mine]]
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _parts(
+    holders: Sequence[Generation],
+    server: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int64],
+    layers: Sequence[int],
+    position: str,
+    offsets: npt.NDArray[np.int64] | None,
+) -> list[Part]:
+    """Cut a selection into parts, by holder and block: rows of a block served at the same layers are one part.
+
+    Args:
+        server: which holder serves, [row, layer].
+        indices: where the holder has the row, [holder, row].
+        offsets: of a selection of all tokens.
+    """
+    parts = []
+    for g, generation in enumerate(holders):
+        mine = server == g
+        rows = np.flatnonzero(mine.any(axis=1))
+        if not len(rows):
+            continue
+        plan = generation.plan
+        patterns, pattern = np.unique(mine[rows], axis=0, return_inverse=True)
+        at = indices[g, rows]
+        block = plan.blocks_of(at)
+        order = np.lexsort((at, pattern, block))
+        starts = np.flatnonzero(np.diff(block[order], prepend=-1) | np.diff(pattern[order], prepend=-1))
+        for members in np.split(order, starts[1:]):
+            layers_at = np.flatnonzero(patterns[pattern[members[0]]])
+            within, into = _entries(generation, int(block[members[0]]), at[members], rows[members], position, offsets)
+            parts.append(
+                Part(
+                    generation,
+                    int(block[members[0]]),
+                    within,
+                    into,
+                    tuple(layers[int(i)] for i in layers_at),
+                    layers_at,
+                    None if plan.ragged else plan.positions.index(position),
+                )
+            )
+    return parts
+
+
+def _entries(
+    generation: Generation,
+    block: int,
+    at: npt.NDArray[np.int64],
+    into: npt.NDArray[np.int64],
+    position: str,
+    offsets: npt.NDArray[np.int64] | None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return indices within the block, and into the selection, of some of its rows (or their tokens)."""
+    plan = generation.plan
+    if not plan.ragged:
+        return at % plan.block_rows, into
+    first = generation.offsets[at, 0] - block * plan.block_tokens
+    if offsets is None:
+        return first + generation.row_table.first_tokens(position, at), into
+    lengths = generation.row_table.response_end[at]
+    return ranges(first, lengths), ranges(offsets[into], lengths)

@@ -1,0 +1,134 @@
+"""Which rows the prompt sets of each study are, kept in the store, so that ``prompts="harmful@train"`` finds them.
+
+One Parquet file a study, replaced whole by each of its captures. It names rows only: what is there of them is for the
+commits to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from store.errors import DamageError, MismatchError, MissingDataError
+from store.location import Location
+
+FOLDER = "_sets"
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_set", pa.string(), nullable=False),
+        pa.field("responses", pa.string()),  # the condition that generated them; null: none, or given ones
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("row_key", pa.string(), nullable=False),
+        pa.field("text", pa.string()),  # the prompt's last turn
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The rows of prompt sets, in prompt order, and the study file that says what is captured of them."""
+
+    keys: tuple[str, ...]
+    study_file: str | None
+
+
+class Memberships:
+    """The prompt sets of all studies over one model."""
+
+    def __init__(self, model: Location):
+        self.location = model / FOLDER
+
+    def write(self, study: str, study_file: str | None, records: Sequence[Mapping[str, str | None]]) -> None:
+        """Replace what a study's prompt sets hold; records have the columns of `SCHEMA`."""
+        table = pa.Table.from_pylist([dict(record) for record in records], schema=SCHEMA)
+        table = table.replace_schema_metadata({"study_file": study_file or ""})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        self.location.make_folder()
+        (self.location / f"{study}.parquet").write(sink.getvalue())
+
+    def studies(self) -> list[str]:
+        """Return the names of the studies, sorted."""
+        return [name.removesuffix(".parquet") for name in self.location.list() if name.endswith(".parquet")]
+
+    def table(self, study: str) -> pa.Table:
+        """Return one study's table, in `SCHEMA`; its metadata has ``study_file``.
+
+        Raises:
+            DamageError: if the file cannot be read.
+        """
+        where = self.location / f"{study}.parquet"
+        try:
+            table = pq.read_table(io.BytesIO(where.read_bytes()), page_checksum_verification=True)
+            if not table.schema.equals(SCHEMA):
+                raise pa.ArrowInvalid(f"its columns are {', '.join(table.schema.names)}")
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise MissingDataError(f"study {study!r} has captured nothing of this model") from None
+            raise DamageError(
+                f"{where}: this file cannot be read ({error})\n"
+                "  remedy: remove it; the next `resid capture` of that study writes it again"
+            ) from None
+        return table
+
+    def find(self, names: Iterable[str], study: str | None = None, responses: str | None = None) -> PromptRows:
+        """Return the distinct rows of prompt sets.
+
+        Args:
+            study: whose sets; None where all studies that have a set of that name agree on it.
+            responses: the condition that generated the responses; None for the prompts themselves.
+
+        Raises:
+            MissingDataError: if no study, or not this one, has such a set.
+            MismatchError: if studies disagree on it.
+        """
+        if study is not None and study not in self.studies():
+            raise MissingDataError(f"no study {study!r} has captured this model; known: {', '.join(self.studies())}")
+        tables = {name: self.table(name) for name in ([study] if study is not None else self.studies())}
+        keys: dict[str, None] = {}
+        file: str | None = None
+        for name in names:
+            found = {owner: rows for owner, table in tables.items() if (rows := _rows(table, name, responses))}
+            if not found:
+                raise MissingDataError(self._unknown(name, tables, responses))
+            owner, *others = found
+            for other in others:
+                if set(found[other]) != set(found[owner]):
+                    raise MismatchError(
+                        f"prompt set {name!r} has {len(found[owner])} rows in study {owner!r} and others "
+                        f"({len(found[other])}) in {other!r}\n  remedy: say which with study={owner!r}"
+                    )
+            keys.update(dict.fromkeys(found[owner]))
+            file = file or (tables[owner].schema.metadata or {}).get(b"study_file", b"").decode() or None
+        return PromptRows(tuple(keys), file)
+
+    def _unknown(self, name: str, tables: Mapping[str, pa.Table], responses: str | None) -> str:
+        known = sorted({each for table in tables.values() for each in table["prompt_set"].unique().to_pylist()})
+        if name in known:
+            conditions = {each for table in tables.values() for each in table["responses"].unique().to_pylist()}
+            said = ", ".join(repr(each) for each in sorted(conditions - {None}))
+            return (
+                f"prompt set {name!r} has no rows "
+                + (f"with responses of {responses!r}" if responses else "without generated responses")
+                + (f"\n  remedy: choose responses= from {said}" if said else "")
+            )
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        listed = f"known: {', '.join(known)}" if known else "none is known yet; run resid capture --study <study>"
+        return f"no captured study has a prompt set {name!r}{meant}\n  {listed}"
+
+
+def _rows(table: pa.Table, name: str, responses: str | None) -> list[str]:
+    import pyarrow.compute as pc
+
+    wanted = pc.equal(table["prompt_set"], name)
+    source = table["responses"]
+    wanted = pc.and_(wanted, pc.is_null(source) if responses is None else pc.equal(source, responses))
+    keys = table.filter(wanted)["row_key"].to_pylist()
+    # An empty key stands for a generated response without tokens: there is nothing to read of it.
+    return [key for key in dict.fromkeys(keys) if key]
