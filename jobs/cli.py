@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("sql", help="ask the results in SQL")
     ask.add_argument("--study", metavar="FILE", help="ask the results of this study")
     ask.add_argument("--results", metavar="URL", help="result tables: a folder or an fsspec URL")
+    ask.add_argument("--store", metavar="URL", help="activation store, for the functions that read activations")
     sql.add_arguments(ask)
     verify.add_arguments(commands.add_parser("verify", help="check every committed byte"))
     return parser
@@ -57,7 +58,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return run_one(command, arguments)
     if command == "sql":
         study = load_study(arguments.study) if arguments.study else None
-        return sql.run_arguments(arguments, Location.of(verify.place("results", arguments.results, study)))
+        places = [Location.of(verify.place(what, getattr(arguments, what), study)) for what in ("results", "store")]
+        return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run}
     return int(handlers[command](arguments) or 0)
 

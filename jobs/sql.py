@@ -29,6 +29,7 @@ from store.location import Location
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.sql import VIEWS, connect, query, split
+from store.sql_activations import FUNCTIONS
 
 FORMATS = ("table", "csv", "json", "parquet")
 ROW_LIMIT = 100  # rows that a table shows; other formats hold all
@@ -39,7 +40,13 @@ QUIT = (".quit", ".exit")
 _STRINGS_AND_COMMENTS = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
-def run_sql(results: Location, sql: str | None, format: str = "table", output: str | None = None) -> int:
+def run_sql(
+    results: Location,
+    sql: str | None,
+    format: str = "table",
+    output: str | None = None,
+    activations: Location | None = None,
+) -> int:
     """Answer one query, or without one run the prompt (or the statements that arrive on standard input).
 
     Args:
@@ -47,6 +54,7 @@ def run_sql(results: Location, sql: str | None, format: str = "table", output: s
         sql: one reading statement; None for the prompt.
         format: table, csv, json or parquet.
         output: a path or URL to write to; None for standard output.
+        activations: the activation store, for the functions that read it.
 
     Returns:
         The exit status: 1 if a statement from standard input failed.
@@ -60,7 +68,7 @@ def run_sql(results: Location, sql: str | None, format: str = "table", output: s
         raise MissingDataError(
             f"{results}: there are no results; make some with `resid run --study S` or name another place"
         )
-    connection = connect(results)
+    connection = connect(results, activations)
     try:
         if sql is not None:
             write_answer(query(connection, sql), format, output)
@@ -265,8 +273,9 @@ def _command(connection: duckdb.DuckDBPyConnection, text: str) -> None:
     name, _, argument = text.partition(" ")
     argument = argument.strip().rstrip(";")
     if name == ".tables":
-        width = max(map(len, VIEWS))
-        print("\n".join(f"{view:<{width}}  {about}" for view, about in VIEWS.items()))
+        listed = {**VIEWS, **FUNCTIONS}
+        width = max(map(len, listed))
+        print("\n".join(f"{name:<{width}}  {about}" for name, about in listed.items()))
     elif name == ".schema" and argument in VIEWS:
         answer = query(connection, f"SELECT column_name, column_type FROM (DESCRIBE {argument})")
         write_answer(answer, "table")
@@ -343,22 +352,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="file or URL to write to instead of standard output")
 
 
-def run_arguments(arguments: argparse.Namespace, results: Location) -> int:
+def run_arguments(arguments: argparse.Namespace, results: Location, activations: Location | None = None) -> int:
     """Run the command as `add_arguments` parsed it."""
     suffix = Path(arguments.output).suffix.removeprefix(".") if arguments.output else ""
-    return run_sql(
-        results, arguments.query, arguments.format or (suffix if suffix in FORMATS else "table"), arguments.output
-    )
+    format = arguments.format or (suffix if suffix in FORMATS else "table")
+    return run_sql(results, arguments.query, format, arguments.output, activations)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m jobs.sql``."""
     parser = argparse.ArgumentParser(prog="python -m jobs.sql", description=__doc__)
     parser.add_argument("--results", required=True, help="folder or URL of the result tables")
+    parser.add_argument("--store", help="folder or URL of the activation store")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        return run_arguments(arguments, Location.of(arguments.results))
+        store = Location.of(arguments.store) if arguments.store else None
+        return run_arguments(arguments, Location.of(arguments.results), store)
     except ResidError as error:
         print(error, file=sys.stderr)
         return 1

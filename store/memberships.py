@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from store.errors import DamageError, MismatchError, MissingDataError
@@ -107,6 +108,15 @@ class Memberships:
             file = file or (tables[owner].schema.metadata or {}).get(b"study_file", b"").decode() or None
         return PromptRows(tuple(keys), file)
 
+    def prompt_ids(self, names: Iterable[str]) -> dict[str, str]:
+        """Return row key -> prompt id of prompt sets, in whichever studies they are."""
+        found: dict[str, str] = {}
+        for study in self.studies():
+            table = self.table(study)
+            mine = table.filter(pc.is_in(table["prompt_set"], value_set=pa.array(list(names), pa.string())))
+            found.update(zip(mine["row_key"].to_pylist(), mine["prompt_id"].to_pylist(), strict=True))
+        return found
+
     def _unknown(self, name: str, tables: Mapping[str, pa.Table], responses: str | None) -> str:
         known = sorted({each for table in tables.values() for each in table["prompt_set"].unique().to_pylist()})
         if name in known:
@@ -124,8 +134,6 @@ class Memberships:
 
 
 def _rows(table: pa.Table, name: str, responses: str | None) -> list[str]:
-    import pyarrow.compute as pc
-
     wanted = pc.equal(table["prompt_set"], name)
     source = table["responses"]
     wanted = pc.and_(wanted, pc.is_null(source) if responses is None else pc.equal(source, responses))

@@ -28,6 +28,7 @@ from store.errors import QueryError
 from store.location import Location
 from store.results import ResultStore
 from store.schemas import TABLES
+from store.sql_activations import add_functions
 
 REMOTE = "resid-results"  # protocol under which DuckDB sees results that are not on local disk
 Z95 = NormalDist().inv_cdf(0.975)
@@ -164,11 +165,12 @@ _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CT
 _ACCEPTED = "one statement that reads is accepted: SELECT, FROM, WITH ... SELECT, VALUES, DESCRIBE, SHOW or SUMMARIZE"
 
 
-def connect(results: Location) -> duckdb.DuckDBPyConnection:
-    """Open SQL over what is committed under ``results`` now; later commits need a new connection.
+def connect(results: Location, activations: Location | None = None) -> duckdb.DuckDBPyConnection:
+    """Open SQL over what is committed under ``results`` now; later commits need a new connection. Close it after use.
 
     Besides the views (`VIEWS`) there are two macros, ``wilson_low(k, n)`` and ``wilson_high(k, n)``: the bounds of the
-    95% Wilson score interval of k successes in n trials.
+    95% Wilson score interval of k successes in n trials; and functions that read ``activations``, an activation store
+    (`store.sql_activations`).
 
     Raises:
         DamageError: if a commit record cannot be read.
@@ -189,6 +191,7 @@ def connect(results: Location) -> duckdb.DuckDBPyConnection:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET lock_configuration = true")
+        add_functions(connection, store, activations)
         connection.execute("CREATE SCHEMA stored")
         for table in TABLES:
             connection.execute(f"CREATE VIEW stored.{table} AS {_select_files(table, store.files(table))}")
@@ -281,7 +284,10 @@ def _quoted(text: str) -> str:
 
 
 def _message(error: duckdb.Error) -> str:
-    return str(error).strip()
+    # What one of our functions says is enough; DuckDB's frame around it tells nothing.
+    return re.sub(
+        r"^.*Python exception occurred while executing the UDF: \w+: ", "", str(error).strip(), flags=re.DOTALL
+    )
 
 
 def _hint(error: duckdb.Error) -> str:

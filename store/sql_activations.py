@@ -1,0 +1,240 @@
+"""SQL functions over activations: they read the store while a query runs, and hand DuckDB numbers.
+
+=============================================  =====================================================================
+``activation(row_key, 'resid_post.14')``       one row's activation as FLOAT[]; ``position :=`` other than prompt_end
+``direction('refusal', 14)``                   a direction's vector as FLOAT[]; ``study :=`` where several have one
+``project('harmful@test', 'refusal', 14)``     a table: every row of a prompt set projected on a direction at a layer
+``dot(a, b)``, ``cos(a, b)``                   of two lists, in double precision; ``cos(x)`` stays the cosine
+=============================================  =====================================================================
+
+`project` streams the layer from the store block by block: memory does not grow with the activations, only with the two
+numbers that are kept of each row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from duckdb.func import FunctionNullHandling, PythonUDFType
+
+from store.activations import ActivationStore
+from store.directions import Direction, directions_from_table
+from store.errors import MismatchError, MissingDataError
+from store.finding import CAPTURE
+from store.fingerprint import short
+from store.generation import Generation
+from store.location import Location
+from store.model_store import ModelStore
+from store.results import ResultStore
+from store.sites import Site
+
+FUNCTIONS: dict[str, str] = {
+    "activation(row_key, site)": "one row's activation, FLOAT[]; position := 'prompt_end'",
+    "direction(name, layer)": "a direction's vector, FLOAT[]; study := NULL",
+    "project(prompt_set, name, layer)": "table: projection and norm of each row; position, study, responses := NULL",
+    "dot(a, b)": "inner product of two lists, in double precision",
+    "cos(a, b)": "cosine of the angle between two lists",
+}
+
+_PROJECTED = pa.struct(
+    [
+        ("row_key", pa.string()),
+        ("prompt_id", pa.string()),
+        ("direction", pa.string()),
+        ("component", pa.string()),
+        ("layer", pa.int32()),
+        ("position", pa.string()),
+        ("model", pa.string()),
+        ("projection", pa.float64()),
+        ("norm", pa.float64()),
+    ]
+)
+_SQL_PROJECTED = (
+    "STRUCT(row_key VARCHAR, prompt_id VARCHAR, direction VARCHAR, component VARCHAR, layer INTEGER, position VARCHAR, "
+    "model VARCHAR, projection DOUBLE, norm DOUBLE)[]"
+)
+
+_MACROS = """
+CREATE MACRO dot(a, b) AS list_inner_product(a::DOUBLE[], b::DOUBLE[]);
+CREATE MACRO cos(x) AS system.main.cos(x),
+    (a, b) AS CASE
+        WHEN list_inner_product(a::DOUBLE[], a::DOUBLE[]) = 0 OR list_inner_product(b::DOUBLE[], b::DOUBLE[]) = 0
+        THEN error('cos(a, b): a vector of zeros has no direction')
+        ELSE list_cosine_similarity(a::DOUBLE[], b::DOUBLE[]) END;
+CREATE MACRO activation(row_key, site, position := 'prompt_end') AS resid_activation(row_key, site, position);
+CREATE MACRO direction(name, layer, study := NULL) AS resid_direction(name, layer, study);
+CREATE MACRO project(prompt_set, name, layer, position := NULL, study := NULL, responses := NULL) AS TABLE
+    SELECT prompt_set AS prompt_set, unnest(resid_project(prompt_set, name, layer, position, study, responses),
+        recursive := true);
+"""
+
+
+def add_functions(connection: duckdb.DuckDBPyConnection, results: ResultStore, store: Location | None) -> None:
+    """Give a connection the functions above. Nothing is opened before one of them is called.
+
+    Args:
+        store: where the activations are; None makes the functions that need them say so.
+    """
+    sources = _Sources(results, store)
+    text, number = "VARCHAR", "INTEGER"
+
+    def create(name: str, function: Callable[..., pa.Array], parameters: list[Any], result: str) -> None:
+        # side_effects: or DuckDB would take what one query read for the answer of the next.
+        connection.create_function(
+            name,
+            function,
+            parameters,
+            result,
+            type=PythonUDFType.ARROW,
+            null_handling=FunctionNullHandling.SPECIAL,
+            side_effects=True,
+        )
+
+    create("resid_activation", sources.activations, [text, text, text], "FLOAT[]")
+    create("resid_direction", sources.vectors, [text, number, text], "FLOAT[]")
+    create("resid_project", sources.projections, [text, text, number, text, text, text], _SQL_PROJECTED)
+    connection.execute(_MACROS)
+
+
+class _Sources:
+    """What the functions read, opened when it is needed and kept for the life of the connection."""
+
+    def __init__(self, results: ResultStore, store: Location | None):
+        self._results, self._location = results, store
+
+    @cached_property
+    def _store(self) -> ActivationStore:
+        if self._location is None:
+            raise MissingDataError("this connection knows no activation store\n  remedy: resid sql --store <store>")
+        return ActivationStore.open(self._location)
+
+    @cached_property
+    def _models(self) -> list[tuple[ModelStore, list[Generation]]]:
+        return [(store, store.generations()) for store in self._store.models()]
+
+    @cached_property
+    def _directions(self) -> dict[tuple[str, str], Direction]:
+        """(study, name) -> direction."""
+        table = self._results.read("directions")
+        found = {}
+        for study in table["study"].unique().to_pylist():
+            mine = table.filter(pc.equal(table["study"], study))
+            found.update({(study, name): direction for name, direction in directions_from_table(mine).items()})
+        return found
+
+    # -- what DuckDB calls: a column a parameter, a column back -----------------------------------------------------
+
+    def activations(self, row_keys: Any, sites: Any, positions: Any) -> pa.Array:
+        """Return the activation of each row, FLOAT[]; NULL where an argument is."""
+        asked: dict[tuple[str, str], dict[str, list[int]]] = {}
+        columns = (row_keys.to_pylist(), sites.to_pylist(), positions.to_pylist())
+        for i, (key, site, position) in enumerate(zip(*columns, strict=True)):
+            if key is not None and site is not None and position is not None:
+                asked.setdefault((site, position), {}).setdefault(key, []).append(i)
+        result: list[npt.NDArray[np.float32] | None] = [None] * len(columns[0])
+        for (site, position), rows in asked.items():
+            parsed = Site.parse(site)
+            remedy = f"{CAPTURE} (its `capture` has to ask for {site} at {position})"
+            for store, here in self._by_model(rows):
+                selection = store.select(here, parsed.component, position, [parsed.layer], remedy)
+                if selection.offsets is not None:
+                    raise ValueError("activation() takes one position of each row: name another than all_tokens")
+                for (part, _), values in selection.chunks():
+                    for row, vector in zip(part.into, values, strict=True):
+                        for i in rows[here[row]]:
+                            result[i] = vector.copy()
+        return pa.array(result, type=pa.list_(pa.float32()))
+
+    def vectors(self, names: Any, layers: Any, studies: Any) -> pa.Array:
+        """Return the vector of each direction at a layer, FLOAT[]; NULL where name or layer is."""
+        found: dict[tuple[str, int, str | None], npt.NDArray[np.float64]] = {}
+        result: list[npt.NDArray[np.float64] | None] = []
+        for name, layer, study in zip(names.to_pylist(), layers.to_pylist(), studies.to_pylist(), strict=True):
+            if name is None or layer is None:
+                result.append(None)
+                continue
+            if (name, layer, study) not in found:
+                found[name, layer, study] = self._direction(name, study).at(layer)
+            result.append(found[name, layer, study])
+        return pa.array(result, type=pa.list_(pa.float32()))
+
+    def projections(
+        self, prompt_sets: Any, names: Any, layers: Any, positions: Any, studies: Any, responses: Any
+    ) -> pa.Array:
+        """Return for each set of arguments all rows of the prompt set, projected."""
+        columns = [column.to_pylist() for column in (prompt_sets, names, layers, positions, studies, responses)]
+        return pa.concat_arrays([self._project(*call) for call in zip(*columns, strict=True)])
+
+    def _project(
+        self, prompts: str, name: str, layer: int, position: str | None, study: str | None, responses: str | None
+    ) -> pa.Array:
+        if prompts is None or name is None or layer is None:
+            raise ValueError("project(prompt_set, name, layer): none of these may be NULL")
+        direction = self._direction(name, study)
+        store = self._store.model(direction.model)
+        unit = direction.unit(layer)
+        at = direction.position if position is None else position
+        rows = store.memberships.find([prompts], study if study in store.memberships.studies() else None, responses)
+        remedy = CAPTURE.replace("<study>", rows.study_file or "<study>")
+        asks = f"its `capture` has to ask for {direction.component}.{layer} of {prompts} at {at}"
+        selection = store.select(rows.keys, direction.component, at, [layer], f"{remedy} ({asks})")
+        if selection.offsets is not None:
+            raise ValueError("project() takes one position of each row: name another than all_tokens")
+        projected, norms = np.empty(len(selection)), np.empty(len(selection))
+        for (part, _), found in selection.chunks():
+            values = found.astype(np.float64)
+            projected[part.into] = values @ unit
+            norms[part.into] = np.linalg.norm(values, axis=1)
+        ids = store.memberships.prompt_ids([prompts])
+        count = len(selection)
+        arrays = [
+            pa.array(selection.row_keys),
+            pa.array([ids[key] for key in selection.row_keys]),
+            *(pa.repeat(text, count) for text in (name, direction.component)),
+            pa.repeat(pa.scalar(layer, pa.int32()), count),
+            *(pa.repeat(text, count) for text in (at, direction.model)),
+            pa.array(projected),
+            pa.array(norms),
+        ]
+        struct = pa.StructArray.from_arrays(arrays, fields=list(_PROJECTED))
+        return pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), struct)
+
+    # -- looking things up -----------------------------------------------------------------------------------------
+
+    def _direction(self, name: str, study: str | None) -> Direction:
+        known = self._directions
+        found = {owner: each for (owner, its), each in known.items() if its == name and study in (None, owner)}
+        if not found:
+            near = difflib.get_close_matches(name, [its for _, its in known], n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(sorted({its for _, its in known})) or "none: run resid directions --study <study>"
+            where = f" in study {study!r}" if study else ""
+            raise MissingDataError(f"there is no direction {name!r}{where}{meant}\n  known: {listed}")
+        first, *others = found.values()
+        if any(other.key != first.key or other.digest != first.digest for other in others):
+            raise MismatchError(
+                f"direction {name!r} is another one in each of the studies {', '.join(sorted(found))}\n"
+                f"  remedy: say which with study := '{sorted(found)[0]}'"
+            )
+        return first
+
+    def _by_model(self, keys: Iterable[str]) -> list[tuple[ModelStore, list[str]]]:
+        """Return which of the keys are each model's; a row belongs to one."""
+        left, found = dict.fromkeys(keys), []
+        for store, generations in self._models:
+            here = [key for key in left if any(key in generation.index for generation in generations)]
+            if here:
+                found.append((store, here))
+                left = {key: None for key in left if key not in set(here)}
+        if left:
+            first = short(next(iter(left)))
+            raise MissingDataError(f"row {first} is not in {self._store.location}\n  remedy: {CAPTURE}")
+        return found

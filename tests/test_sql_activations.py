@@ -1,0 +1,319 @@
+"""SQL functions over activations give what NumPy gives, read lazily, and never mix models or studies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from store_worker import D_MODEL, LAYERS, MODEL, capture, make_row, make_rows, new_store, request, truth, write
+
+from analysis.geometry import projection_blocks, projections
+from store.activations import ActivationStore, ModelStore
+from store.directions import Direction
+from store.dtypes import NUMPY_DTYPES
+from store.errors import QueryError
+from store.location import Location
+from store.results import ResultStore
+from store.rows import Row
+from store.sites import Spans
+from store.sql import connect, query
+
+ROWS = make_rows(9)
+KEYS = [row.key for row in ROWS]
+POSITIONS = ("prompt_end", "response_avg", "token:0")
+
+
+def make_direction(name: str = "refusal", seed: int = 0, model: str = MODEL, **changes: Any) -> Direction:
+    vectors = np.random.default_rng(seed).standard_normal((LAYERS, D_MODEL)).astype(np.float32)
+    return Direction(
+        **{
+            "name": name,
+            "key": f"{name}-{seed}",
+            "model": model,
+            "method": "difference_of_means",
+            "component": "resid_post",
+            "position": "prompt_end",
+            "layers": tuple(range(LAYERS)),
+            "vectors": vectors,
+            **changes,
+        }
+    )
+
+
+def remember(model: ModelStore, study: str = "s", **sets: list[Row]) -> None:
+    records = [
+        {
+            "prompt_set": name.replace("_", "@"),
+            "responses": None,
+            "prompt_id": row.prompt_id,
+            "row_key": row.key,
+            "text": "",
+        }
+        for name, rows in sets.items()
+        for row in rows
+    ]
+    model.memberships.write(study, "studies/some.yaml", records)
+
+
+def write_directions(results: Location, *directions: Direction, study: str = "s") -> None:
+    tables = [direction.to_table(study) for direction in directions]
+    ResultStore(results).replace("directions", study, pa.concat_tables(tables))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[Location, Location]:
+    """Return results and store: two sets of rows in two captures, two directions."""
+    model = new_store(str(tmp_path / "store"))
+    capture(model, request(ROWS[:5], positions=POSITIONS), block_rows=2)
+    capture(model, request(ROWS[5:], positions=POSITIONS), block_rows=3)
+    remember(model, harmful_test=[ROWS[i] for i in (7, 0, 5, 3)], harmless=list(ROWS))
+    results = Location.of(tmp_path / "results")
+    write_directions(results, make_direction(), make_direction("persona", 1))
+    return results, Location.of(tmp_path / "store")
+
+
+@pytest.fixture
+def connection(places: tuple[Location, Location]) -> Iterator[duckdb.DuckDBPyConnection]:
+    with connect(*places) as connection:
+        yield connection
+
+
+def answer(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
+    return query(connection, sql).to_pylist()
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_project_equals_numpy_in_prompt_order(connection: duckdb.DuckDBPyConnection, position: str) -> None:
+    found = answer(connection, f"SELECT * FROM project('harmful@test', 'refusal', 3, position := '{position}')")
+    assert [record["row_key"] for record in found] == [KEYS[i] for i in (7, 0, 5, 3)]
+    assert [record["prompt_id"] for record in found] == [ROWS[i].prompt_id for i in (7, 0, 5, 3)]
+    direction = make_direction()
+    for record in found:
+        h = truth(ROWS[KEYS.index(record["row_key"])], "resid_post", 3, position).astype(np.float64)
+        assert record["projection"] == pytest.approx(h @ direction.unit(3), rel=1e-12)
+        assert record["norm"] == pytest.approx(np.linalg.norm(h), rel=1e-12)
+        assert (record["direction"], record["layer"], record["prompt_set"]) == ("refusal", 3, "harmful@test")
+        assert (record["component"], record["position"], record["model"]) == ("resid_post", position, MODEL)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_project_equals_the_projections_table(tmp_path: Path, dtype: Any, compression: Any) -> None:
+    model = new_store(str(tmp_path / "store"), dtype)
+    for block in model.create(model.work([request(ROWS, dtype=dtype)], 4, compression)):
+        assert write(model, block)
+    remember(model, all=list(ROWS))
+    direction = make_direction()
+    results = Location.of(tmp_path / "results")
+    write_directions(results, direction)
+    selection = model.select(KEYS, "resid_post", "prompt_end")
+    table = {}
+    for block in projection_blocks(selection, [direction]):
+        for record in projections([block])[block.id].to_pylist():
+            table[record["row_key"], record["layer"]] = (record["projection"], record["norm"])
+    with connect(results, Location.of(tmp_path / "store")) as connection:
+        for layer in range(LAYERS):
+            found = answer(connection, f"SELECT row_key, projection, norm FROM project('all', 'refusal', {layer})")
+            for record in found:
+                expected = table[record["row_key"], layer]
+                assert (record["projection"], record["norm"]) == pytest.approx(expected, rel=1e-13)
+
+
+def test_an_activation_is_the_stored_vector(connection: duckdb.DuckDBPyConnection) -> None:
+    sql = (
+        "SELECT k, activation(k, 'resid_post.4') AS a, activation(k, 'resid_post.1', position := 'token:0') AS b FROM "
+    )
+    keys = [KEYS[i] for i in (8, 1, 1, 5)]
+    found = answer(connection, sql + "(VALUES " + ", ".join(f"('{key}')" for key in keys) + ", (NULL)) AS t(k)")
+    assert [record["k"] for record in found] == [*keys, None]
+    for record in found[:-1]:
+        row = ROWS[KEYS.index(record["k"])]
+        np.testing.assert_array_equal(np.float32(record["a"]), truth(row, "resid_post", 4, "prompt_end"))
+        np.testing.assert_array_equal(np.float32(record["b"]), truth(row, "resid_post", 1, "token:0"))
+    assert found[-1]["a"] is None
+
+
+def test_dot_and_cos_of_an_activation_and_a_direction(connection: duckdb.DuckDBPyConnection) -> None:
+    sql = (
+        f"SELECT dot(activation('{KEYS[2]}', 'resid_post.2'), direction('persona', 2)) AS dot, "
+        f"cos(activation('{KEYS[2]}', 'resid_post.2'), direction('persona', 2)) AS cos, cos(0.5) AS plain"
+    )
+    ((dot, cos, plain),) = [tuple(record.values()) for record in answer(connection, sql)]
+    h, v = truth(ROWS[2], "resid_post", 2, "prompt_end").astype(np.float64), make_direction("persona", 1).at(2)
+    assert dot == pytest.approx(h @ v, rel=1e-12)
+    assert cos == pytest.approx(h @ v / np.linalg.norm(h) / np.linalg.norm(v), rel=1e-12)
+    assert plain == pytest.approx(np.cos(0.5))
+
+
+def test_the_cosine_of_two_directions_in_sql(connection: duckdb.DuckDBPyConnection) -> None:
+    sql = "SELECT layer, cos(a.vector, b.vector) AS c FROM directions a JOIN directions b USING (study, layer) "
+    found = answer(connection, sql + "WHERE a.direction = 'refusal' AND b.direction = 'persona' ORDER BY layer")
+    a, b = make_direction(), make_direction("persona", 1)
+    assert [record["c"] for record in found] == pytest.approx([a.unit(i) @ b.unit(i) for i in range(LAYERS)], rel=1e-9)
+
+
+def test_dot_is_taken_in_double_precision(connection: duckdb.DuckDBPyConnection) -> None:
+    ((found,),) = (
+        query(connection, "SELECT dot([1e8, 1, -1e8]::FLOAT[], [1, 1, 1]::FLOAT[3]) AS d").to_pydict().values()
+    )
+    assert found == 1.0
+
+
+def test_projections_join_with_the_other_views(connection: duckdb.DuckDBPyConnection) -> None:
+    sql = (
+        "SELECT p.prompt_set, avg(p.projection - q.projection) AS gap FROM project('harmful@test', 'refusal', 1) p "
+        "JOIN project('harmless', 'persona', 1) q USING (row_key) GROUP BY ALL"
+    )
+    ((found,),) = [[record["gap"]] for record in answer(connection, sql)]
+    rows = [truth(ROWS[i], "resid_post", 1, "prompt_end").astype(np.float64) for i in (7, 0, 5, 3)]
+    difference = make_direction().unit(1) - make_direction("persona", 1).unit(1)
+    assert found == pytest.approx(np.mean([row @ difference for row in rows]), rel=1e-9)
+
+
+MISTAKES = {
+    "project('harmfull@test', 'refusal', 3)": "did you mean 'harmful@test'",
+    "project('harmful@test', 'refusl', 3)": "did you mean 'refusal'",
+    "project('harmful@test', 'refusal', 99)": "no layer 99",
+    "project('harmful@test', 'refusal', 3, position := 'response_start')": r"resid capture --study studies/some\.yaml",
+    "project('harmful@test', 'refusal', 3, study := 'other')": "in study 'other'",
+    "project('harmful@test', NULL, 3)": "none of these may be NULL",
+    f"(SELECT activation('{KEYS[0]}', 'resid_post.77'))": "no resid_post at prompt_end at all of the layers",
+    f"(SELECT activation('{KEYS[0]}', 'layer 5'))": "is no site",
+    "(SELECT activation('0000', 'resid_post.1'))": "row 0000 is not in",
+    "(SELECT dot([1.0], [1.0, 2.0]))": "dimensions must be equal",
+    "(SELECT cos([0.0, 0.0], [1.0, 2.0]))": "zeros has no direction",
+}
+
+
+@pytest.mark.parametrize("call", MISTAKES)
+def test_a_mistake_in_a_call_is_named(connection: duckdb.DuckDBPyConnection, call: str) -> None:
+    with pytest.raises(QueryError, match=MISTAKES[call]) as caught:
+        query(connection, f"SELECT * FROM {call}")
+    assert "Traceback" not in str(caught.value)
+    assert "UDF" not in str(caught.value)
+
+
+def test_directions_of_one_name_in_two_studies_need_the_study(places: tuple[Location, Location]) -> None:
+    results, _ = places
+    write_directions(results, make_direction(seed=5), study="t")
+    with connect(*places) as connection:
+        with pytest.raises(QueryError, match=r"say which with study := 's'"):
+            query(connection, "SELECT * FROM project('harmful@test', 'refusal', 3)")
+        found = answer(connection, "SELECT direction('refusal', 3, study := 't') AS v")
+        np.testing.assert_array_equal(np.float32(found[0]["v"]), make_direction(seed=5).vectors[3])
+
+
+def test_models_never_mix(places: tuple[Location, Location]) -> None:
+    results, store = places
+    other = "77" * 32
+    manifest = {"fingerprint": other, "dtype": "float32", "n_layers": LAYERS, "d_model": D_MODEL}
+    second = ActivationStore.open(store).add_model(manifest)
+    rows = [make_row(i, other) for i in range(3)]
+    capture(second, request(rows))
+    remember(second, harmful_test=rows)
+    write_directions(results, make_direction("foreign", 3, other))
+    with connect(*places) as connection:
+        found = answer(connection, "SELECT * FROM project('harmful@test', 'foreign', 3)")
+        assert {record["row_key"] for record in found} == {row.key for row in rows}
+        assert {record["model"] for record in found} == {other}
+        both = answer(
+            connection, f"SELECT activation(k, 'resid_post.1') AS a FROM (VALUES ('{rows[0].key}'), ('{KEYS[0]}')) t(k)"
+        )
+        np.testing.assert_array_equal(np.float32(both[0]["a"]), truth(rows[0], "resid_post", 1, "prompt_end"))
+        np.testing.assert_array_equal(np.float32(both[1]["a"]), truth(ROWS[0], "resid_post", 1, "prompt_end"))
+
+
+def test_a_missing_store_matters_only_to_who_asks_it(places: tuple[Location, Location], tmp_path: Path) -> None:
+    results, _ = places
+    with connect(results) as connection:
+        assert len(answer(connection, "SELECT * FROM directions")) == 2 * LAYERS
+        assert len(answer(connection, "SELECT direction('refusal', 1) AS v")[0]["v"]) == D_MODEL
+        with pytest.raises(QueryError, match="--store"):
+            query(connection, "SELECT * FROM project('harmful@test', 'refusal', 1)")
+    elsewhere = connect(results, Location.of(tmp_path / "nowhere"))
+    with elsewhere as connection, pytest.raises(QueryError, match="holds nothing of model"):
+        query(connection, "SELECT * FROM project('harmful@test', 'refusal', 1)")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_activations_committed_later_are_seen(places: tuple[Location, Location]) -> None:
+    with connect(*places) as connection:
+        sql = "SELECT count(*) AS n FROM project('harmless', 'refusal', 2, position := 'response_start')"
+        with pytest.raises(QueryError, match="response_start"):
+            query(connection, sql)
+        capture(ActivationStore.open(places[1]).model(MODEL), request(ROWS, positions=["response_start"]))
+        assert answer(connection, sql) == [{"n": 9}]
+
+
+def test_everything_may_lie_on_object_storage(places: tuple[Location, Location]) -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    model = new_store(f"{url}/store")
+    capture(model, request(ROWS), block_rows=2)
+    remember(model, harmful_test=list(ROWS))
+    write_directions(Location.of(f"{url}/results"), make_direction())
+    sql = "SELECT row_key, projection FROM project('harmful@test', 'refusal', 5) ORDER BY row_key"
+    with connect(Location.of(f"{url}/results"), Location.of(f"{url}/store")) as remote, connect(*places) as local:
+        found, expected = answer(remote, sql), answer(local, sql.replace("harmful@test", "harmless"))
+        assert [record["row_key"] for record in found] == [record["row_key"] for record in expected]
+        # Blocks of another size sum in another order.
+        projections = [[record["projection"] for record in each] for each in (found, expected)]
+        assert projections[0] == pytest.approx(projections[1], rel=1e-13)
+
+
+def test_the_command_asks_the_store(places: tuple[Location, Location]) -> None:
+    results, store = places
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli",
+        "sql",
+        "--results",
+        str(results),
+        "--store",
+        str(store),
+        "--format",
+        "csv",
+    ]
+    sql = "SELECT round(avg(projection), 6) AS mean FROM project('harmless', 'refusal', 2)"
+    done = subprocess.run([*command, sql], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    unit = make_direction().unit(2)
+    mean = np.mean([truth(row, "resid_post", 2, "prompt_end").astype(np.float64) @ unit for row in ROWS])
+    assert float(done.stdout.split()[1]) == pytest.approx(mean, abs=1e-6)
+    assert done.stderr == ""
+
+
+def test_projecting_keeps_two_numbers_of_each_row(tmp_path: Path) -> None:
+    """A layer of 256 MB is projected within half of that."""
+    d_model, n_rows = 4096, 32768
+    model = new_store(str(tmp_path / "store"), "bfloat16", d_model=d_model)
+    rows = [Row(MODEL, str(i), (i,), Spans(1, 1)) for i in range(n_rows)]
+    values = np.ones((n_rows, 1, 1, d_model), NUMPY_DTYPES["bfloat16"])
+    for block in model.create(model.work([request(rows, layers=[0], dtype="bfloat16")])):
+        generation = next(g for g in model.generations() if g.id == block.generation)
+        assert generation.write_block(block.block, {"resid_post": values[: block.n_rows]})
+    del values
+    remember(model, all=rows)
+    vectors = np.ones((1, d_model), np.float32)
+    write_directions(Location.of(tmp_path / "results"), make_direction(layers=(0,), vectors=vectors))
+    code = (
+        "import sys, re; from pathlib import Path\n"
+        "from store.sql import connect, query; from store.location import Location\n"
+        "hwm = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "with connect(Location.of(sys.argv[1]), Location.of(sys.argv[2])) as c:\n"
+        "    query(c, \"SELECT direction('refusal', 0)\"); before = hwm()\n"
+        "    print(query(c, \"SELECT avg(projection) FROM project('all', 'refusal', 0)\").to_pydict())\n"
+        "    print(hwm() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "results"), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    mean, grown = done.stdout.splitlines()
+    assert "64.0" in mean  # 4096 ones on the unit vector of 4096 ones
+    assert float(grown) < 256 / 2
