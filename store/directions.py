@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from store.errors import MissingDataError, ResidError
+from store.layers import spell_ranges
 from store.schemas import TABLES
 from store.sites import Component
 
@@ -67,7 +68,7 @@ class Direction:
         """
         if layer not in self.layers:
             raise MissingDataError(
-                f"direction {self.name!r} has no layer {layer}, only {_ranges(self.layers)}\n"
+                f"direction {self.name!r} has no layer {layer}, only {spell_ranges(self.layers)}\n"
                 "  remedy: capture that layer, or choose one of these"
             )
         vector: npt.NDArray[np.float64] = self.vectors[self.layers.index(layer)].astype(np.float64)
@@ -141,14 +142,3 @@ def _direction(records: list[dict[str, Any]]) -> Direction:
             f"direction {direction.name!r}: its vectors do not match their digest; run resid directions again"
         )
     return direction
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Spell sorted numbers as ranges: 0-3, 7."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

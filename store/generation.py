@@ -18,7 +18,7 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ from store.fingerprint import fingerprint, short
 from store.layout import GenerationPlan as GenerationPlan  # the plan is part of this module's interface
 from store.layout import metadata_files, token_offsets
 from store.location import Location
-from store.readers import OpenShard, Reader, check_tail, reader_for, shard_location
+from store.readers import Guarded, OpenShard, Reader, check_tail, reader_for, shard_location
 from store.records import Commit, Record, sha256
 from store.rows import Row, RowTable, row_table_from_bytes, rows_from_bytes, rows_to_bytes
 from store.shards import ShardError, describe
@@ -50,6 +50,7 @@ class Generation:
         self.location = location  # the Zarr group
         self.records = Location(location.url.rpartition("/")[0]) / RECORDS / location.name
         self._commits: dict[int, Commit] = {}
+        self._claimed: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and row tables stay here: whoever receives a generation reads them again.
@@ -231,9 +232,14 @@ class Generation:
 
         Two captures that need the same block wait for each other here instead of computing it twice. It saves work
         and nothing depends on it: after `patience` seconds, and on object storage at once, both compute, and the first
-        commit stays. The lock of a dead process is free.
+        commit stays. The lock of a dead process is free. Garbage collection leaves alone what is claimed.
         """
+        if block in self._claimed:
+            yield not self._commit(block).exists()
+            return
+        self._claimed.add(block)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._claimed.discard, block)
             if self.location.is_local and not self._commit(block).exists():
                 folder = self.records.path / "locks"
                 folder.mkdir(exist_ok=True)
@@ -274,14 +280,13 @@ class Generation:
                 raise ValueError(f"block {block} of {component} has the shape {shape}, got {array.shape}")
             require_finite(component, array, plan, lambda entry: self._described(block, entry))
             stored[component] = to_storage(array, plan.dtype)
-        if self._commit(block).exists():
-            return False
-        # Locks are not needed here: shards and commit are each created only where none is.
-        shards = {
-            component: put_shard(self.shard(component, block), array, plan) for component, array in stored.items()
-        }
-        commit = Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {}))
-        return self._commit(block).create(commit.to_json())
+        with self.claim(block) as wanted:
+            if not wanted:
+                return False
+            # The claim is not what makes this right: shards and commit are each created only where none is.
+            shards = {name: put_shard(self.shard(name, block), array, plan) for name, array in stored.items()}
+            commit = Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {}))
+            return self._commit(block).create(commit.to_json())
 
     def _described(self, block: int, entry: int) -> str:
         """Name the row of an entry (row or token) of a block."""
@@ -314,7 +319,7 @@ class Generation:
         with contextlib.ExitStack() as stack:
             with self.damage_of(component, block):
                 opened = stack.enter_context(self.reader.open(component, block, expected))
-            yield _Guarded(opened, lambda: self.damage_of(component, block))
+            yield Guarded(opened, lambda: self.damage_of(component, block))
 
     @contextlib.contextmanager
     def damage_of(self, component: str, block: int) -> Iterator[None]:
@@ -360,17 +365,6 @@ class Generation:
                 check_tail(shard.tail(shape.index_bytes + 4), shape, expected)
                 if deep and describe(shard.read_bytes(), shape) != expected:
                     raise ShardError("its bytes differ from the commit")
-
-
-class _Guarded:
-    """An open shard whose errors name the shard."""
-
-    def __init__(self, opened: OpenShard, guard: Callable[[], contextlib.AbstractContextManager[None]]):
-        self._opened, self._guard = opened, guard
-
-    def read(self, layers: Sequence[int], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        with self._guard():
-            return self._opened.read(layers, out)
 
 
 def format_mismatch(where: Location, version: object) -> MismatchError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -95,3 +96,14 @@ def resolve_layers(layers: LayersValue, n_layers: int) -> list[int]:
     if not layers:
         raise ValueError("the list of layers is empty")
     return list(dict.fromkeys(resolve_layer(layer, n_layers) for layer in layers))
+
+
+def spell_ranges(numbers: Iterable[int]) -> str:
+    """Spell numbers as ranges, sorted: 0-3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

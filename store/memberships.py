@@ -6,6 +6,7 @@ commits to say.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,9 +54,21 @@ class Memberships:
         self.location.make_folder()
         (self.location / f"{study}.parquet").write(sink.getvalue())
 
+    def forget(self, study: str) -> None:
+        """Remove a study's table; its next capture writes it again."""
+        (self.location / f"{study}.parquet").remove()
+
     def studies(self) -> list[str]:
         """Return the names of the studies, sorted."""
         return [name.removesuffix(".parquet") for name in self.location.list() if name.endswith(".parquet")]
+
+    def study_files(self) -> set[str]:
+        """Return the study files that the studies were captured with, as far as they can be read."""
+        files = set()
+        for study in self.studies():
+            with contextlib.suppress(DamageError):
+                files.add((self.table(study).schema.metadata or {}).get(b"study_file", b"").decode())
+        return files - {""}
 
     def table(self, study: str) -> pa.Table:
         """Return one study's table, in `SCHEMA`; its metadata has ``study_file``.

@@ -249,6 +249,13 @@ class ModelStore:
             damaged.append(str(error))
             if repair:
                 (self.location / "model.json").remove()
+        for study in self.memberships.studies():
+            try:
+                self.memberships.table(study)
+            except DamageError as error:
+                damaged.append(str(error))
+                if repair:
+                    self.memberships.forget(study)
         for generation in self.generations():
             try:
                 generation.verify_metadata()

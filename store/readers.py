@@ -7,7 +7,7 @@ one knows the one layout that `store.shards` describes; zarr-python knows every 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,6 +122,17 @@ class _ZarrShard:
         if stop - start < wanted:
             result[:, stop - start :] = np.nan
         return result
+
+
+class Guarded:
+    """An open shard whose errors name the shard."""
+
+    def __init__(self, opened: OpenShard, guard: Callable[[], contextlib.AbstractContextManager[None]]):
+        self._opened, self._guard = opened, guard
+
+    def read(self, layers: Sequence[int], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        with self._guard():
+            return self._opened.read(layers, out)
 
 
 def check_tail(tail: bytes, shape: ShardShape, expected: Shard) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow.parquet  # imported before forking, as everything that tasks use
+import pyarrow.dataset  # imported before forking, as everything that tasks use
+import pyarrow.parquet
 import pytest
 from store_worker import LAYERS, MODEL, activations, expected, make_rows, make_texts, new_store, request, write
 
@@ -65,6 +66,13 @@ class Fork:
         return self._forks.wait(self.pid), lines
 
 
+def _stream(connection: socket.socket) -> TextIO:
+    with connection:
+        # A line is to arrive at once, and not with the next one.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection.makefile("rw")
+
+
 class Forks:
     """A process with everything imported, which forks for each task."""
 
@@ -88,8 +96,7 @@ class Forks:
         port = self._listener.getsockname()[1]
         pid = self._ask(task=task, port=port, environment=environment or {}, arguments=arguments)
         connection, _ = self._listener.accept()
-        with connection:
-            return Fork(self, pid, connection.makefile("rw"))
+        return Fork(self, pid, _stream(connection))
 
     def wait(self, pid: int) -> int:
         return self._ask(wait=pid)
@@ -118,6 +125,7 @@ class Trigger:
 
     def __init__(self, channel: TextIO, store: str, at: int, suicide: bool = False) -> None:
         self.count, self.armed, self._store = 0, False, store
+        self.fired = False
         self._channel, self._at, self._suicide = channel, at, suicide
         sys.addaudithook(self._hook)
 
@@ -130,6 +138,7 @@ class Trigger:
         if self.count == self._at:
             if self._suicide:
                 os.kill(os.getpid(), signal.SIGKILL)
+            self.fired = True
             say(self._channel, "now")
 
 
@@ -167,6 +176,8 @@ def write_blocks(
         values = activations(generation.rows[start:stop], generation.plan, noise)
         won = generation.write_block(block, values, {"writer": writer} if writer else {})
         say(channel, f"{generation.id}/{block} {int(won)}")
+        if trigger.fired:
+            channel.readline()  # the kill is late: no further block
     trigger.armed = False
     say(channel, f"operations {trigger.count}")
 
@@ -176,6 +187,16 @@ def create(channel: TextIO, store: str, n_rows: int, at: int = 0) -> None:
     trigger = Trigger(channel, store, at, suicide=True)
     trigger.armed = True
     new_store(store).assign([request(make_rows(n_rows), ("resid_post", "mlp_out"))], block_rows=2)
+    trigger.armed = False
+    say(channel, f"operations {trigger.count}")
+
+
+def repair(channel: TextIO, store: str, at: int) -> None:
+    """Repair a store; killed at a file operation, or the number of them."""
+    model = open_model(store)
+    trigger = Trigger(channel, store, at, suicide=True)
+    trigger.armed = True
+    model.verify(repair=True)
     trigger.armed = False
     say(channel, f"operations {trigger.count}")
 
@@ -253,14 +274,13 @@ def as_nobody(channel: TextIO, store: str) -> None:
 
 
 TASKS: dict[str, Any] = {
-    task.__name__: task for task in (write_blocks, create, capture_range, read_blocks, as_nobody)
+    task.__name__: task for task in (write_blocks, create, repair, capture_range, read_blocks, as_nobody)
 }
 
 
 def _child(order: dict[str, Any]) -> int:
     os.environ.update(order["environment"])
-    with socket.create_connection(("127.0.0.1", order["port"])) as connection:
-        channel = connection.makefile("rw")
+    channel = _stream(socket.create_connection(("127.0.0.1", order["port"])))
     try:
         TASKS[order["task"]](channel, **order["arguments"])
     except BaseException:
@@ -274,7 +294,7 @@ def _child(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Fork and wait on orders, one JSON object a line; answer a process id or an exit code."""
-    assert pyarrow.parquet
+    assert pyarrow.parquet, pyarrow.dataset
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
