@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs import store_files
 from jobs.context import data_location
 from jobs.verify import place
 from store.activations import ActivationStore
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     collect.add_argument(
         "--min-age", metavar="AGE", type=_seconds, help="only what is older: 30m, 2d (default 1h; 1d on object storage)"
     )
+    store_files.add_arguments(add)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study) if arguments.study else None
     location = data_location(place("store", arguments.store, study), "store")
     store = ActivationStore.open(location)
-    handlers = {"ls": _ls, "verify": _verify, "gc": _gc}
+    handlers = {
+        "ls": _ls,
+        "verify": _verify,
+        "gc": _gc,
+        "export": store_files.run_export,
+        "import": store_files.run_import,
+    }
     return handlers[arguments.store_command](store, arguments)
 
 

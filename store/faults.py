@@ -38,11 +38,15 @@ def faults(where: str, doing: str) -> Iterator[None]:
         remote = "://" in where
         if not _is_fault(error, remote):
             raise
-        reason, remedy = " ".join(str(error).split()) or type(error).__name__, _remedy(error, remote)
+        reason, remedy = " ".join(str(error).split()) or _unsaid(error), _remedy(error, remote)
         code = error_code(error)
         if code is not None and code not in reason:
             reason = f"{reason} ({code})"
         raise ResourceError(f"{where}: {doing} failed: {reason}\n  remedy: {remedy}") from error
+
+
+def _unsaid(error: Exception) -> str:
+    return "it took too long" if isinstance(error, TimeoutError) else type(error).__name__
 
 
 def _is_fault(error: Exception, remote: bool) -> bool:

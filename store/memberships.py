@@ -121,13 +121,15 @@ class Memberships:
             file = file or (tables[owner].schema.metadata or {}).get(b"study_file", b"").decode() or None
         return PromptRows(tuple(keys), file)
 
-    def prompt_ids(self, names: Iterable[str]) -> dict[str, str]:
-        """Return row key -> prompt id of prompt sets, in whichever studies they are."""
-        found: dict[str, str] = {}
+    def prompts(self, names: Iterable[str] | None = None) -> dict[str, tuple[str, str | None]]:
+        """Return row key -> (prompt id, text) of prompt sets (None: of all), in whichever studies they are."""
+        found: dict[str, tuple[str, str | None]] = {}
         for study in self.studies():
             table = self.table(study)
-            mine = table.filter(pc.is_in(table["prompt_set"], value_set=pa.array(list(names), pa.string())))
-            found.update(zip(mine["row_key"].to_pylist(), mine["prompt_id"].to_pylist(), strict=True))
+            if names is not None:
+                table = table.filter(pc.is_in(table["prompt_set"], value_set=pa.array(list(names), pa.string())))
+            keys, ids, texts = (table[name].to_pylist() for name in ("row_key", "prompt_id", "text"))
+            found.update(zip(keys, zip(ids, texts, strict=True), strict=True))
         return found
 
     def _unknown(self, name: str, tables: Mapping[str, pa.Table], responses: str | None) -> str:

@@ -100,14 +100,15 @@ def _patiently(filesystem: Any, call: Callable[[], T]) -> T:
 
     Only for what may be done twice: botocore does not repeat a GET whose body was cut.
     """
-    end = time.monotonic() + 2.5 * _read_timeout(filesystem)
+    patience = _read_timeout(filesystem)
+    end = time.monotonic() + 2.5 * patience
     while True:
         try:
             return call()
         except Exception as error:
             if not _is_transient(error) or time.monotonic() > end:
                 raise
-            time.sleep(random.random())
+            time.sleep(random.uniform(0, min(1, patience / READ_TIMEOUT)))
 
 
 def info(url: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from store.fingerprint import fingerprint
 from store.sites import Spans, token_index
 
-RowSource = Literal["prompt", "given", "generated"]
+RowSource = Literal["prompt", "given", "generated", "imported"]
 
 ROW_SCHEMA = pa.schema(
     [

@@ -193,11 +193,11 @@ class _Sources:
             values = found.astype(np.float64)
             projected[part.into] = values @ unit
             norms[part.into] = np.linalg.norm(values, axis=1)
-        ids = store.memberships.prompt_ids([prompts])
+        known = store.memberships.prompts([prompts])
         count = len(selection)
         arrays = [
             pa.array(selection.row_keys),
-            pa.array([ids[key] for key in selection.row_keys]),
+            pa.array([known[key][0] for key in selection.row_keys]),
             *(pa.repeat(text, count) for text in (name, direction.component)),
             pa.repeat(pa.scalar(layer, pa.int32()), count),
             *(pa.repeat(text, count) for text in (at, direction.model)),

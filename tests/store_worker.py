@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from store.activations import ActivationStore, BlockRef, CaptureRequest, ModelSt
 from store.dtypes import NUMPY_DTYPES
 from store.generation import Generation
 from store.layout import Compression, GenerationPlan
+from store.location import PARTIAL
 from store.rows import Row
 from store.sites import ALL_TOKENS, COMPONENTS, Component, Spans
 
@@ -114,3 +116,27 @@ def expected(
         entries = [(row, position) for row in rows]
     cells = [[truth(row, component, layer, at, d_model) for layer in layers] for row, at in entries]
     return np.array(cells).astype(NUMPY_DTYPES[dtype]).astype(np.float32)
+
+
+def files(store: Path, without: Collection[str] = ()) -> dict[str, bytes]:
+    """Return what a store holds, without lock files and what a killed writer left behind."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in store.rglob("*")
+        if path.is_file()
+        and "locks" not in path.parts
+        and not path.name.endswith(PARTIAL)
+        and str(path) not in without
+    }
+
+
+def committed_files(model: ModelStore) -> dict[str, tuple[int, int]]:
+    """Return inode and time of every file of a committed block."""
+    found = {}
+    for generation in model.generations():
+        for block in generation.committed():
+            places = [generation.shard(component, block).path for component in generation.plan.components]
+            for path in (*places, generation.records.path / "commits" / f"{block}.json"):
+                status = path.stat()
+                found[str(path)] = (status.st_ino, status.st_mtime_ns)
+    return found

@@ -22,6 +22,7 @@ MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py
 
 # Third-party packages that a floor may import. Those of one place only are below.
 STORE = {"numpy", "zarr", "pyarrow", "duckdb", "pydantic", "pydantic_core", "yaml", "fsspec", "crc32c", "ml_dtypes"}
+STORE |= {"safetensors"}  # export and import
 BRIDGES = {"dask", "torch", "xarray"}
 ALLOWED = {
     # `datasets` only where a study names a hub data set; the bridges only where one is asked for.
