@@ -46,14 +46,22 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     identity = {"fingerprint": "f" * 64, "n_layers": 30, "d_model": 8, "dtype": "float32", "family": "llama"}
     model = ActivationStore.open("resid-data/store").add_model(identity)
     rows = tuple(Row("f" * 64, f"prompt{i}", (1, 2, i), Spans(3, 3)) for i in range(4))
+    model.memberships.write(
+        "demo",
+        "studies/demo.yaml",
+        [
+            {"prompt_set": "harmful@train", "responses": None, "prompt_id": row.prompt_id, "row_key": row.key}
+            for row in rows
+        ],
+    )
     request = CaptureRequest(rows, ("resid_post",), tuple(range(30)), ("prompt_end",), "float32")
-    for generation in {block.generation for block in model.create(model.work([request]))}:
-        [found] = [one for one in model.generations() if one.id == generation]
-        for block in range(found.plan.n_blocks):
-            start, stop = found.plan.block_range(block)
-            found.write_block(block, {"resid_post": np.ones((stop - start, 30, 1, 8), dtype=np.float32)})
+    _, blocks = model.assign([request])
+    for block in blocks:
+        [found] = [one for one in model.generations() if one.id == block.generation]
+        start, stop = found.plan.block_range(block.block)
+        found.write_block(block.block, {"resid_post": np.ones((stop - start, 30, 1, 8), dtype=np.float32)})
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), scope)
     activations = scope["activations"]
-    assert activations.to_numpy().shape == (4, 1, 8)  # type: ignore[attr-defined]
+    assert activations.to_numpy().shape == (4, 8)  # type: ignore[attr-defined]
