@@ -273,9 +273,7 @@ def _command(connection: duckdb.DuckDBPyConnection, text: str) -> None:
     name, _, argument = text.partition(" ")
     argument = argument.strip().rstrip(";")
     if name == ".tables":
-        listed = {**VIEWS, **FUNCTIONS}
-        width = max(map(len, listed))
-        print("\n".join(f"{name:<{width}}  {about}" for name, about in listed.items()))
+        print(_listed({**VIEWS, **FUNCTIONS}))
     elif name == ".schema" and argument in VIEWS:
         answer = query(connection, f"SELECT column_name, column_type FROM (DESCRIBE {argument})")
         write_answer(answer, "table")
@@ -285,6 +283,11 @@ def _command(connection: duckdb.DuckDBPyConnection, text: str) -> None:
         print("A statement ends with ;   .tables   .schema VIEW   .quit")
     else:
         raise QueryError(f"unknown command {name}; known: .tables, .schema VIEW, .help, .quit")
+
+
+def _listed(entries: dict[str, str]) -> str:
+    width = max(map(len, entries))
+    return "\n".join(f"{name:<{width}}  {about}" for name, about in entries.items())
 
 
 def _prompt(connection: duckdb.DuckDBPyConnection, format: str) -> int:
@@ -346,7 +349,9 @@ def _history() -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's arguments, except the one that says where the results are."""
+    """Add this command's arguments, except those that say where results and store are, and what SQL finds there."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"views:\n{_listed(VIEWS)}\n\nfunctions:\n{_listed(FUNCTIONS)}"
     parser.add_argument("query", nargs="?", help="one SELECT statement; without it a prompt opens")
     parser.add_argument("--format", choices=FORMATS, help="default: what --output's name ends with, or table")
     parser.add_argument("--output", help="file or URL to write to instead of standard output")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +14,11 @@ from rich.table import Table
 from jobs import store_files
 from jobs.context import data_location
 from jobs.verify import place
-from store.activations import ActivationStore
+from store.activations import ActivationStore, ModelStore
 from store.collect import Garbage, find_garbage, remove_garbage
 from store.errors import DamageError, MissingDataError
+from store.finding import CAPTURE
+from store.generation import RECORDS
 from store.inventory import Model, inventory
 from store.layers import spell_ranges
 from store.study_file import load_study
@@ -65,27 +68,45 @@ def run(arguments: argparse.Namespace) -> int:
     return handlers[arguments.store_command](store, arguments)
 
 
-def _existing(store: ActivationStore) -> ActivationStore:
-    if not store.models():
-        raise MissingDataError(
-            f"{store.location} holds no activations\n  remedy: resid capture --study <study>, or name another --store"
-        )
-    return store
+def _models(store: ActivationStore) -> list[ModelStore]:
+    models = store.models()
+    if not models and (lost := _without_manifest(store)):
+        raise DamageError("damage:\n  " + "\n  ".join(lost) + f"\n  remedy: {CAPTURE}, which writes it again")
+    if not models:
+        raise _nothing(store)
+    return models
+
+
+def _nothing(store: ActivationStore) -> MissingDataError:
+    return MissingDataError(f"{store.location} holds no activations\n  remedy: {CAPTURE}, or name another --store")
+
+
+def _without_manifest(store: ActivationStore) -> list[str]:
+    """Return a line for each model that has captures and no model.json: readers do not see it."""
+    root = store.location
+    return [
+        f"{root / name / 'model.json'}: this file is missing"
+        for name in root.list()
+        if (root / name / RECORDS).list() and not (root / name / "model.json").exists()
+    ]
 
 
 # -- ls --------------------------------------------------------------------------------------------------------------
 
 
 def _ls(store: ActivationStore, arguments: argparse.Namespace) -> int:
-    models = inventory(_existing(store))
+    _models(store)
+    models = inventory(store)
     if arguments.format == "json":
         print(json.dumps([model.to_dict() for model in models], indent=1))
         return 0
     console = Console(width=None if Console().is_terminal else 160)
     for model in models:
         size = sum(capture.nbytes for capture in model.captures)
+        layers = "" if model.n_layers is None else f"{model.n_layers} layers, "
+        imported = "imported, " if model.imported else ""
         console.print(
-            f"{escape(model.source)}  {model.fingerprint[:16]}  {model.dtype}, {model.n_layers} layers, "
+            f"{escape(model.source)}  {model.fingerprint[:16]}  {imported}{model.dtype}, {layers}"
             f"d_model {model.d_model}: {_bytes(size)}",
             highlight=False,
         )
@@ -99,7 +120,7 @@ def _captures(model: Model) -> Table:
     table = Table(title="captures", title_justify="left")
     for name in ("capture", "sites", "layers", "positions", "dtype"):
         table.add_column(name)
-    for name in ("rows", "blocks", "size"):
+    for name in ("rows", "blocks waiting", "size"):
         table.add_column(name, justify="right")
     for capture in model.captures:
         dtype = capture.dtype if capture.compression == "none" else f"{capture.dtype}, {capture.compression}"
@@ -110,7 +131,7 @@ def _captures(model: Model) -> Table:
             ", ".join(capture.positions),
             dtype,
             _part(capture.committed_rows, capture.rows),
-            _part(capture.committed_blocks, capture.blocks),
+            f"{capture.blocks - capture.committed_blocks:,}",
             _bytes(capture.nbytes),
         )
     return table
@@ -127,7 +148,11 @@ def _prompt_sets(model: Model) -> Table:
             name if count == held.rows else f"{name} ({_part(count, held.rows)})" for name, count in held.held.items()
         ]
         table.add_row(
-            escape(held.study), escape(held.prompt_set), held.responses or "", str(held.rows), ", ".join(what) or "-"
+            escape(held.study),
+            escape(held.prompt_set),
+            escape(held.responses or ""),
+            f"{held.rows:,}",
+            "; ".join(what) or "-",
         )
     return table
 
@@ -148,17 +173,24 @@ def _bytes(size: float) -> str:
 
 
 def _verify(store: ActivationStore, arguments: argparse.Namespace) -> int:
-    lines, blocks, files = [], 0, set()
-    for model in _existing(store).models():
+    damaged, blocks, files = [], 0, set()
+    for model in _models(store):
         blocks += sum(len(generation.committed()) for generation in model.generations())
-        lines += model.verify(repair=arguments.repair, deep=arguments.deep)
-        files |= model.memberships.study_files()
+        files |= model.memberships.study_files()  # before a repair removes damaged ones
+        damaged += model.verify(repair=arguments.repair, deep=arguments.deep)
+    damaged += [line for line in _without_manifest(store) if not any(line.split(": ")[0] in each for each in damaged)]
     how = "every byte of" if arguments.deep else "size and index of"
-    print(f"checked {how} {blocks} blocks in {store.location}")
-    if lines:
-        again = " or ".join(f"resid capture --study {file}" for file in sorted(files)) or "the capture"
-        done = f"un-committed; run {again}" if arguments.repair else "remedy: resid store verify --deep --repair"
-        raise DamageError("damage:\n  " + "\n  ".join(lines) + f"\n  {done}")
+    print(f"checked {how} {blocks} blocks, and all metadata, in {store.location}")
+    if damaged:
+        # The remedy of each is the same, and said once.
+        lines = [line.partition("\n  remedy:")[0] for line in damaged]
+        commands = [f"resid capture --study {shlex.quote(file)}" for file in sorted(files)]
+        if any(model.manifest.get("imported") for model in store.models()):
+            commands.append("the `resid store import` that brought it")
+        again = " or ".join(commands) or CAPTURE
+        repair = f"resid store verify --store {shlex.quote(str(store.location))} --deep --repair"
+        then = f"un-committed; run {again}, which makes just these again" if arguments.repair else f"remedy: {repair}"
+        raise DamageError(f"{len(lines)} damaged:\n  " + "\n  ".join(lines) + f"\n  {then}")
     print("all of it is whole" if arguments.deep else "none is missing or cut; --deep reads every byte")
     return 0
 
@@ -167,12 +199,19 @@ def _verify(store: ActivationStore, arguments: argparse.Namespace) -> int:
 
 
 def _gc(store: ActivationStore, arguments: argparse.Namespace) -> int:
-    garbage = find_garbage(_existing(store), arguments.min_age)
+    if not (store.location / "resid.json").exists():
+        raise _nothing(store)
+    garbage = find_garbage(store, arguments.min_age)
     left: list[Garbage] = []
     if arguments.delete:
         garbage, left = remove_garbage(garbage)
     for item in garbage:
-        print(f"{item.place}  {_bytes(item.size)}  {item.why}")
+        if item.kind != "lock":
+            print(f"{item.place}  {_bytes(item.size)}  {item.why}")
+    # One for each block that was ever made: of them the number says enough.
+    count = sum(item.kind == "lock" for item in garbage)
+    if count:
+        print(f"{count:,} lock files of committed blocks, empty")
     size = _bytes(sum(item.size for item in garbage))
     if left:
         print(f"{len(left)} files were left: somebody is writing them, or has committed them since")

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from store.errors import MismatchError, StudyError
+from store.tensor_files import Tensor as StoredTensor
 
 
-def read_torch_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Read the floating point tensors of a ``torch.save`` file: a tensor, or dicts and lists of tensors.
+def read_torch_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the tensors of a ``torch.save`` file: a tensor, or dicts and lists of tensors.
 
-    Nested names are joined with dots; a lone tensor is named "tensor".
+    Nested names are joined with dots; a lone tensor is named "tensor". What is no tensor is left out.
 
     Raises:
         StudyError: if there is no such file.
@@ -29,13 +30,14 @@ def read_torch_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StudyError("there is no such file", file=str(path)) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    # Whatever a damaged pickle makes of itself.
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MismatchError(
             f"{path}: this is no file of plain tensors ({reason})\n"
             "  remedy: load it where you trust it, and save its tensors with safetensors"
         ) from None
-    return {name: _array(value.detach()) for name, value in _tensors(loaded, "") if value.is_floating_point()}
+    return {name: _stored(value) for name, value in _tensors(loaded, "")}
 
 
 def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -47,6 +49,13 @@ def _tensors(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _tensors(item, f"{name}.{index}" if name else str(index))
+
+
+def _stored(value: Tensor) -> StoredTensor:
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided:
+        dtype = f"{dtype} ({value.layout})"
+    return StoredTensor(dtype, tuple(value.shape), lambda: _array(value.detach()))
 
 
 def _array(value: Tensor) -> npt.NDArray[Any]:

@@ -7,10 +7,14 @@ and in what order, never matters.
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+import operator
+import shlex
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
+import numpy as np
 import zarr
 
 from store.errors import MismatchError, MissingDataError
@@ -25,7 +29,7 @@ from store.model_store import ModelStore as ModelStore
 from store.model_store import read_json
 from store.needs import CaptureRequest as CaptureRequest
 from store.selection import Selection
-from store.sites import ALL_TOKENS, COMPONENTS, Site, check_position
+from store.sites import ALL_TOKENS, COMPONENTS, NAMED_POSITIONS, Site, check_position
 
 
 class ActivationStore:
@@ -85,42 +89,37 @@ class ActivationStore:
             MismatchError: if several models go by that name.
         """
         every = self.models()
-        found = [
-            each
-            for each in every
-            if model is None
-            or each.fingerprint.startswith(model)
-            or model in (name := str(each.manifest.get("ref", {}).get("source")), name.rpartition("/")[2])
-        ]
+        found = [each for each in every if model is None or model in _names(each) or _is_prefix(model, each)]
         if len(found) == 1:
             return found[0]
         listed = "".join(
-            f"\n  {short(each.fingerprint)}  {each.manifest.get('ref', {}).get('source')}, {each.manifest['dtype']}"
+            f"\n  {short(each.fingerprint)}  {', '.join((*_names(each)[:1], each.manifest['dtype']))}"
             for each in found or every
         )
         if found:
             raise MismatchError(f"{self.location} holds {len(found)} such models; say which by fingerprint:{listed}")
         if every:
-            raise MissingDataError(f"{self.location} holds no model {model!r}; it holds:{listed}")
+            meant = _meant(str(model), [name for each in every for name in _names(each)])
+            raise MissingDataError(f"{self.location} holds no model {model!r}{meant}; it holds:{listed}")
         raise MissingDataError(f"{self.location} holds no activations\n  remedy: {CAPTURE} --store {self.location}")
 
     def select(
         self,
         *,
-        prompts: str | Sequence[str] | None = None,
-        rows: Iterable[str] | None = None,
+        prompts: str | Iterable[str] | None = None,
+        rows: str | Iterable[str] | None = None,
         model: str | None = None,
         study: str | None = None,
         responses: str | None = None,
         site: str = "resid_post",
-        layer: int | Sequence[int] | None = None,
+        layer: SupportsIndex | Iterable[SupportsIndex] | None = None,
         position: str = "prompt_end",
     ) -> Selection:
         """Find activations, to be read lazily: ``select(prompts="harmful@train", layer=14).to_numpy()``.
 
         Args:
             prompts: a prompt set of a captured study, or several; rows come in prompt order.
-            rows: row keys instead; without either, every row that is captured there.
+            rows: row keys instead; without either, every row that is captured there, at all of the layers asked for.
             model: see `find_model`.
             study: whose prompt sets, where studies have different ones of one name.
             responses: the condition that generated the responses; None for prompts (with given responses).
@@ -131,33 +130,41 @@ class ActivationStore:
         Raises:
             MissingDataError: if something is not captured, with the command that would capture it.
             MismatchError: if model or prompt set is ambiguous.
-            ValueError: if site or position is none.
+            ValueError: if site or position is none, the model has no such layer, or arguments exclude each other.
         """
         if prompts is not None and rows is not None:
             raise ValueError("give prompts or rows, not both")
+        if prompts is None and (study is not None or responses is not None):
+            raise ValueError("study and responses say which prompt sets are meant: give prompts, too")
         if "." in site:
             if layer is not None:
                 raise ValueError(f"site {site!r} names its layer: leave out layer={layer!r}")
             parsed = Site.parse(site)
             site, layer = parsed.component, parsed.layer
         if site not in COMPONENTS:
-            raise ValueError(f"unknown site {site!r}; known: {', '.join(COMPONENTS)}, also with a layer: resid_post.14")
-        if position != ALL_TOKENS:
-            check_position(position)
+            meant = _meant(site, COMPONENTS)
+            known = f"known: {', '.join(COMPONENTS)}, also with a layer: resid_post.14"
+            raise ValueError(f"unknown site {site!r}{meant}; {known}")
+        _check_position(position)
         store = self.find_model(model)
-        layers = [layer] if isinstance(layer, int) else layer
-        remedy = CAPTURE
+        layers, alone = _layers(layer, store)
+        wanted = f"layers: {'all' if layers is None else layers}"
+        asks = f"(its `capture` has to ask for components: [{site}], positions: [{position}], {wanted})"
+        remedy = f"{CAPTURE} {asks}"
         if prompts is not None:
             found = store.memberships.find([prompts] if isinstance(prompts, str) else prompts, study, responses)
             keys = found.keys
             if found.study_file is not None:
-                remedy = CAPTURE.replace("<study>", found.study_file)
+                remedy = remedy.replace("<study>", shlex.quote(found.study_file))
+        elif rows is not None:
+            keys = (rows,) if isinstance(rows, str) else tuple(rows)
         else:
-            keys = tuple(rows) if rows is not None else store.committed_rows(site, position)
-        wanted = f"layers: {'all' if layers is None else list(layers)}"
-        asks = f"its `capture` has to ask for components: [{site}], positions: [{position}], {wanted}"
-        selection = store.select(keys, site, position, layers, f"{remedy} ({asks})")
-        selection.layer_axis = not isinstance(layer, int)
+            keys = store.committed_rows(site, position, layers)
+            if not keys:
+                at = "" if layers is None else f" at all of the layers {layers}"
+                raise MissingDataError(f"{store.location} holds no {site} at {position}{at}\n  remedy: {remedy}")
+        selection = store.select(keys, site, position, layers, remedy)
+        selection.layer_axis = not alone
         return selection
 
     def preview(self, manifest: dict[str, Any]) -> ModelStore:
@@ -174,3 +181,59 @@ class ActivationStore:
         zarr.open_group(zarr_store(store.location, read_only=False), mode="a", zarr_format=3)
         (store.location / "model.json").create(json.dumps(manifest, indent=1, sort_keys=True).encode())
         return self.model(manifest["fingerprint"])
+
+
+def _names(model: ModelStore) -> tuple[str, ...]:
+    """Return what a study calls a model: its hub id or path, and the last part of that."""
+    source = model.manifest.get("ref", {}).get("source")
+    return (source, source.rstrip("/").rpartition("/")[2]) if source else ()
+
+
+def _is_prefix(text: str, model: ModelStore) -> bool:
+    return bool(text) and model.fingerprint.startswith(text)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _check_position(position: str) -> None:
+    if position == ALL_TOKENS:
+        return
+    try:
+        check_position(position)
+    except ValueError as error:
+        known = (*NAMED_POSITIONS, ALL_TOKENS)
+        raise ValueError(f"{error} (also {ALL_TOKENS}){_meant(position, known)}") from None
+
+
+def _layers(layer: SupportsIndex | Iterable[SupportsIndex] | None, model: ModelStore) -> tuple[list[int] | None, bool]:
+    """Return the layers asked for (None: all), and whether it was one, given as a number.
+
+    Raises:
+        ValueError: if that is none, or the model does not have it.
+    """
+    if layer is None:
+        return None, False
+    try:
+        layers, alone = [_integer(layer)], True
+    except TypeError:
+        try:
+            layers, alone = [_integer(each) for each in layer], False  # type: ignore[union-attr]
+        except TypeError:
+            wrong = f"layer is a number, several (a list, a range), or None for all, not {layer!r}"
+            raise ValueError(wrong) from None
+    if not layers:
+        raise ValueError("no layers were asked for; leave out `layer` for all")
+    count = model.manifest.get("n_layers")
+    if outside := [each for each in layers if each < 0 or (count is not None and each >= count)]:
+        has = "layers count from 0" if count is None else f"the model has the layers 0 to {count - 1}"
+        raise ValueError(f"there is no layer {outside[0]}: {has}")
+    return layers, alone
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool | np.bool_):  # Python takes True for 1: more likely part of a mask
+        raise TypeError("a truth value is no layer")
+    return operator.index(value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from store.buffers import Pool
 from store.errors import ResidError
 from store.selection import Dtype, Part, Selection
 from store.sites import ALL_TOKENS
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     import xarray
 
 
+_POOL = Pool()  # for Dask's threads
+
+
 def _missing(package: str, error: ImportError) -> ResidError:
-    return ResidError(f"this needs {package}, which is not installed ({error})\n  remedy: pip install {package}")
+    return ResidError(f"this needs {package}, which is not installed ({error})\n  remedy: pip install '{package}'")
 
 
 def to_dask(selection: Selection, dtype: Dtype = "float32") -> dask.array.Array:
@@ -34,12 +39,17 @@ def to_dask(selection: Selection, dtype: Dtype = "float32") -> dask.array.Array:
         raise _missing("dask[array]", error) from None
     # Layer by layer: different captures may serve different layers, and cut them into different blocks.
     target = selection.dtype_of(dtype)
-    name = f"resid-{tokenize(selection.row_keys, selection.component, selection.position, selection.layers, dtype)}"
+    # Dask takes arrays of one name for the same: the name says where every value comes from.
+    origin = [
+        (part.generation.location.url, part.block, part.within, part.into, part.layers) for part in selection.parts
+    ]
+    of = (selection.component, selection.position, selection.digest, selection.layers)
+    name = f"resid-{tokenize(of, origin, dtype)}"
     columns = []
     for at in range(len(selection.layers)):
         parts = [(part, int(np.flatnonzero(part.at == at)[0])) for part in selection.parts if at in part.at]
         graph: dict[Any, Any] = {
-            (f"{name}-{at}", i, 0): (_read_layer, selection, part, index, dtype)
+            (f"{name}-{at}", i, 0): (_Layer(selection, part, index, dtype, f"{name}-{at}-{i}"),)
             for i, (part, index) in enumerate(parts)
         }
         chunks = (tuple(len(part.into) for part, _ in parts), (selection.d_model,))
@@ -52,15 +62,29 @@ def to_dask(selection: Selection, dtype: Dtype = "float32") -> dask.array.Array:
     return da.stack(columns, axis=1) if selection.layer_axis else columns[0]
 
 
-def _read_layer(selection: Selection, part: Part, index: int, dtype: Dtype) -> npt.NDArray[Any]:
-    out = np.empty((len(part.into), selection.d_model), selection.dtype_of(dtype))
-    for _ in selection.chunks([part.only(index)], dtype, into=lambda _part, _index: out):
-        pass
-    return out
+@dataclass(frozen=True)
+class _Layer:
+    """A task: read one part at one layer, [row, d_model]."""
+
+    selection: Selection
+    part: Part
+    index: int
+    dtype: Dtype
+    name: str
+
+    def __call__(self) -> npt.NDArray[Any]:
+        return self.selection.read(self.part.only(self.index), self.dtype, _POOL)[:, 0]
+
+    def __dask_tokenize__(self) -> str:
+        # Dask would hash every row key, for every task.
+        return self.name
 
 
 def to_xarray(selection: Selection, dtype: Dtype = "float32") -> xarray.DataArray:
-    """Return a lazy xarray.DataArray; attributes say site, position, model and captures."""
+    """Return a lazy xarray.DataArray: ``.sel(row=key, layer=14)``; attributes say site, position, model and captures.
+
+    Of all tokens, `row` goes along the tokens, and ``.sel(row=key)`` gives those of the row.
+    """
     try:
         import xarray as xr
     except ImportError as error:
@@ -84,9 +108,10 @@ def to_xarray(selection: Selection, dtype: Dtype = "float32") -> xarray.DataArra
         "captures": sorted({part.generation.id for part in selection.parts}),
         "stored_dtype": str(selection.stored_dtype),
     }
-    return xr.DataArray(
+    array = xr.DataArray(
         to_dask(selection, dtype), coords=coordinates, dims=selection.dims, name=selection.component, attrs=attributes
     )
+    return array.set_xindex("row") if selection.position == ALL_TOKENS else array
 
 
 def to_torch(selection: Selection, dtype: Dtype = "float32") -> torch.Tensor:

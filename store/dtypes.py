@@ -62,9 +62,7 @@ def to_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return stored
 
 
-def to_float32(
-    values: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None
-) -> npt.NDArray[np.float32]:
+def to_float32(values: npt.NDArray[Any], out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
     """Upcast stored activations exactly; arithmetic on the 16-bit types themselves loses or overflows.
 
     Args:

@@ -7,101 +7,39 @@ types where the format has them. A file appears under its name when it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import struct
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from store.errors import MismatchError, ResourceError
+from store.errors import MismatchError, ResidError, ResourceError
+from store.export_steps import Export as Export  # part of this module's interface
 from store.faults import faults
-from store.location import PARTIAL
-from store.selection import Dtype, Selection
+from store.files import PARTIAL, sync_folder, writing
+from store.selection import Dtype
 
 FORMATS = ("npz", "safetensors", "parquet", "hf")
 MOST_HEADER = 100_000_000  # bytes that readers of safetensors accept
-ROW_GROUP_BYTES = 16 << 20
+SHARD_BYTES = 500_000_000  # of a Hugging Face data set: what its hub recommends at most
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ARROW = {"float32": pa.float32(), "float16": pa.float16()}
+_ENTRIES = {"README.md", "data"}  # of a folder that `export` made
 
 
-@dataclass(frozen=True)
-class Export:
-    """A selection about to be written.
-
-    Args:
-        prompts: row key -> (prompt id, text), as far as known.
-    """
-
-    selection: Selection
-    prompts: Mapping[str, tuple[str, str | None]]
-    dtype: Dtype = "float32"
-
-    @cached_property
-    def ordered(self) -> Selection:
-        return self.selection.in_stored_order()
-
-    @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """[row or token, layer, d_model]."""
-        return len(self.ordered), len(self.ordered.layers), self.ordered.d_model
-
-    @cached_property
-    def value_dtype(self) -> np.dtype[Any]:
-        return self.ordered.dtype_of(self.dtype)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What the numbers are, for the file's metadata."""
-        selection = self.ordered
-        return {
-            "component": selection.component,
-            "layers": list(selection.layers),
-            "position": selection.position,
-            "dims": ["row" if selection.offsets is None else "token", "layer", "d_model"],
-            "model": selection.parts[0].generation.plan.model,
-            "captures": sorted({part.generation.id for part in selection.parts}),
-            "resid": version("resid"),
-        }
-
-    @property
-    def rows(self) -> dict[str, list[str | None]]:
-        """Columns about the rows: row_key, prompt_id, text."""
-        known = [self.prompts.get(key, (None, None)) for key in self.ordered.row_keys]
-        return {
-            "row_key": list(self.ordered.row_keys),
-            "prompt_id": [prompt_id for prompt_id, _ in known],
-            "text": [text for _, text in known],
-        }
-
-    def steps(self) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        """Yield first row, last row + 1, values [row or token, layer, d_model] in C order: about a block at a time."""
-        ordered = self.ordered
-        n = len(ordered.row_keys)
-        if ordered.offsets is None:
-            step = max(len(part.into) for part in ordered.parts)
-        else:
-            starts = ordered.offsets[:-1]
-            step = max(int(np.isin(starts, part.into).sum()) for part in ordered.parts)
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            part = ordered.isel(slice(start, stop))
-            part.layer_axis = True
-            yield start, stop, np.ascontiguousarray(part.to_numpy(self.dtype))
+def default_dtype(format: str) -> Dtype:
+    """Return the dtype that a format gets unless asked otherwise: the stored one where the format has them all."""
+    return "stored" if format == "safetensors" else "float32"
 
 
 def export(what: Export, format: str, output: Path, *, overwrite: bool = False) -> None:
@@ -109,6 +47,7 @@ def export(what: Export, format: str, output: Path, *, overwrite: bool = False) 
 
     Args:
         output: a file, or for "hf" a folder.
+        overwrite: replace a file, or a folder that is such an export; anything else is refused all the same.
 
     Raises:
         MismatchError: if the output exists, or the format lacks the dtype.
@@ -116,84 +55,137 @@ def export(what: Export, format: str, output: Path, *, overwrite: bool = False) 
         DamageError: if bytes are not those that were committed.
     """
     if format not in FORMATS:
-        raise MismatchError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+        raise ResidError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if what.value_dtype.name == "bfloat16" and format != "safetensors":
         raise MismatchError(f"{format} has no bfloat16\n  remedy: --dtype float32 (exact), or --format safetensors")
-    if output.exists() and not overwrite:
-        raise MismatchError(f"{output} exists\n  remedy: name another --output, or add --force")
-    writers: dict[str, Callable[[Export, Path], None]] = {
+    _check_output(output, format, overwrite)
+    if format == "hf":
+        _write_folder(what, output)
+        return
+    files: dict[str, Callable[[Export, BinaryIO], None]] = {
         "npz": _npz,
         "safetensors": _safetensors,
-        "parquet": _parquet,
-        "hf": _hugging_face,
+        "parquet": lambda what, stream: _parquet(what, lambda: stream),
     }
-    temporary = output.with_name(f"{output.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
-    with faults(str(output), "writing it"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writers[format](what, temporary)
-            if output.is_dir():
-                shutil.rmtree(output)
-            os.replace(temporary, output)
-        finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with writing(output.absolute(), first_wins=False) as stream:
+        files[format](what, stream)
 
 
-def _npz(what: Export, path: Path) -> None:
-    """Arrays: activations, layers, offsets (all tokens), row_key, prompt_id, text, and `about` as JSON."""
-    arrays: dict[str, npt.NDArray[Any]] = {"layers": np.array(what.ordered.layers)}
+def _check_output(output: Path, format: str, overwrite: bool) -> None:
+    if not (output.exists() or output.is_symlink()):
+        return
+    if output.is_dir() != (format == "hf"):
+        kind = "a folder" if output.is_dir() else "no folder"
+        raise MismatchError(f"{output} exists and is {kind}\n  remedy: name another --output")
+    if format == "hf" and not set(os.listdir(output)) <= _ENTRIES:
+        # Never remove what somebody else put there.
+        raise MismatchError(f"{output} exists and holds other files than an export\n  remedy: name another --output")
+    if not overwrite:
+        raise MismatchError(f"{output} exists\n  remedy: name another --output, or add --force")
+
+
+# -- npz -----------------------------------------------------------------------------------------------------------
+
+
+def _npz(what: Export, stream: BinaryIO) -> None:
+    """Arrays: activations, layers, row_key, offsets (all tokens); as JSON: about, prompt_id, text."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "layers": np.array(what.ordered.layers),
+        "row_key": np.array(what.ordered.row_keys),
+        # One string: an array of strings has room for the longest text in each row.
+        "prompt_id": np.array(json.dumps(what.rows["prompt_id"])),
+        "text": np.array(json.dumps(what.rows["text"])),
+        "about": np.array(json.dumps(what.about)),
+    }
     if what.ordered.offsets is not None:
         arrays["offsets"] = what.ordered.offsets
-    for name, column in what.rows.items():
-        arrays[name] = np.array([value or "" for value in column])
-    arrays["about"] = np.array(json.dumps(what.about))
-    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-        with archive.open("activations.npy", "w", force_zip64=True) as stream:
+    with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
+        with archive.open("activations.npy", "w", force_zip64=True) as member:
             header = {"descr": what.value_dtype.str, "fortran_order": False, "shape": what.shape}
-            np.lib.format.write_array_header_2_0(stream, header)
-            for _, _, values in what.steps():
-                stream.write(values.reshape(-1).view(np.uint8).data)
+            np.lib.format.write_array_header_2_0(member, header)
+            for _, values in what.steps():
+                member.write(values.reshape(-1).view(np.uint8).data)
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as stream:
-                np.lib.format.write_array(stream, array, allow_pickle=False)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _safetensors(what: Export, path: Path) -> None:
-    """Tensors: activations, and offsets of all tokens; the header has `about`, and row_key, prompt_id, text as JSON."""
+# -- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _safetensors(what: Export, stream: BinaryIO) -> None:
+    """Tensors: activations, and offsets of all tokens. Header: about, row_key, prompt_id, text, each as JSON."""
     size = int(np.prod(what.shape)) * what.value_dtype.itemsize
-    kind = _SAFETENSORS[what.value_dtype.name]
     header: dict[str, Any] = {
-        "__metadata__": {"about": json.dumps(what.about), **{k: json.dumps(v) for k, v in what.rows.items()}},
-        "activations": {"dtype": kind, "shape": list(what.shape), "data_offsets": [0, size]},
+        "__metadata__": {"about": json.dumps(what.about), **{k: json.dumps(v) for k, v in what.rows.items()}}
     }
-    offsets = what.ordered.offsets
+    offsets, begin = what.ordered.offsets, 0
     if offsets is not None:
-        place = [size, size + offsets.nbytes]
-        header["offsets"] = {"dtype": "I64", "shape": [len(offsets)], "data_offsets": place}
+        # First, so that they lie at a multiple of eight bytes, as readers need it.
+        begin = offsets.nbytes
+        header["offsets"] = {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [0, begin]}
+    header["activations"] = {
+        "dtype": _SAFETENSORS[what.value_dtype.name],
+        "shape": list(what.shape),
+        "data_offsets": [begin, begin + size],
+    }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     if len(head) > MOST_HEADER:
         raise ResourceError(
-            f"{path.name}: keys and texts of {len(what.ordered.row_keys):,} rows do not fit a safetensors header\n"
+            f"keys and texts of {len(what.ordered.row_keys):,} rows do not fit a safetensors header\n"
             "  remedy: --format parquet, or fewer rows a file"
         )
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(head)) + head)
-        for _, _, values in what.steps():
-            stream.write(values.reshape(-1).view(np.uint8).data)
-        if offsets is not None:
-            stream.write(offsets.astype("<i8").tobytes())
+    stream.write(struct.pack("<Q", len(head)) + head)
+    if offsets is not None:
+        stream.write(offsets.astype("<i8").tobytes())
+    for _, values in what.steps():
+        stream.write(values.reshape(-1).view(np.uint8).data)
 
 
-def _parquet(what: Export, path: Path) -> None:
-    """One row per row (token) and layer: row_key, prompt_id, text, token_index, layer, activation FixedSizeList."""
-    count = what.shape[1]
+# -- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _parquet(what: Export, next_file: Callable[[], Any], most_bytes: int | None = None) -> None:
+    """One record per row (token) and layer: row_key, prompt_id, text, token_index, layer, activation (a fixed list).
+
+    Args:
+        next_file: opens a file, or names the next one.
+        most_bytes: of values in a file; None for one file.
+    """
+    ordered = what.ordered
+    layers, d_model = np.array(ordered.layers), ordered.d_model
+    schema = _schema(what)
+    rows: Mapping[str, npt.NDArray[Any]] = {k: np.array(v, dtype=object) for k, v in what.rows.items()}
+    writer: pq.ParquetWriter | None = None
+    written = 0
+    try:
+        for start, values in what.steps():
+            if writer is not None and most_bytes is not None and written + values.nbytes > most_bytes:
+                writer.close()
+                writer = None
+            if writer is None:
+                writer = pq.ParquetWriter(next_file(), schema, compression="zstd", write_page_checksum=True)
+                written = 0
+            written += values.nbytes
+            entries = np.arange(start, start + len(values))
+            of_row, token = what.rows_of(entries)
+            columns: list[Any] = [pa.array(np.repeat(rows[name][of_row], len(layers)), pa.string()) for name in rows]
+            if ordered.offsets is not None:
+                columns.append(pa.array(np.repeat(token, len(layers)), pa.int32()))
+            columns.append(pa.array(np.tile(layers, len(values)), pa.int32()))
+            flat = pa.array(values.reshape(-1), _ARROW[what.value_dtype.name])
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, d_model))
+            # A step is a row group.
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(entries) * len(layers))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _schema(what: Export) -> pa.Schema:
     kind = _ARROW[what.value_dtype.name]
-    offsets = what.ordered.offsets
-    ragged = offsets is not None
+    ragged = what.ordered.offsets is not None
     fields = [
         pa.field("row_key", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string()),
@@ -202,22 +194,7 @@ def _parquet(what: Export, path: Path) -> None:
         pa.field("layer", pa.int32(), nullable=False),
         pa.field("activation", pa.list_(kind, what.shape[2]), nullable=False),
     ]
-    schema = pa.schema(fields, metadata={"resid": json.dumps(what.about), "huggingface": _features(what, ragged)})
-    group = max(1, ROW_GROUP_BYTES // (what.shape[2] * what.value_dtype.itemsize))
-    rows = {name: np.array(values, dtype=object) for name, values in what.rows.items()}
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-        for start, stop, values in what.steps():
-            lengths = np.ones(stop - start, np.int64)
-            if offsets is not None:
-                lengths = np.diff(offsets[start : stop + 1])
-            each = np.repeat(np.arange(start, stop), lengths)
-            columns: list[Any] = [pa.array(np.repeat(rows[name][each], count), pa.string()) for name in rows]
-            if ragged:
-                index = np.concatenate([np.arange(length) for length in lengths])
-                columns.append(pa.array(np.repeat(index, count), pa.int32()))
-            columns.append(pa.array(np.tile(np.array(what.ordered.layers), len(each)), pa.int32()))
-            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind), what.shape[2]))
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=group)
+    return pa.schema(fields, metadata={"resid": json.dumps(what.about), "huggingface": _features(what, ragged)})
 
 
 def _features(what: Export, ragged: bool) -> str:
@@ -235,18 +212,56 @@ def _features(what: Export, ragged: bool) -> str:
     return json.dumps({"info": {"features": features}})
 
 
-def _hugging_face(what: Export, path: Path) -> None:
-    """A folder for ``datasets.load_dataset``: data/train-00000-of-00001.parquet and a card."""
-    (path / "data").mkdir(parents=True)
-    _parquet(what, path / "data" / "train-00000-of-00001.parquet")
+# -- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _write_folder(what: Export, output: Path) -> None:
+    """Write a folder for ``datasets.load_dataset``: data/train-00000-of-00001.parquet, ... and a card."""
+    output = output.absolute()
+    temporary = output.with_name(f"{output.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    replaced = output.with_name(f"{output.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    with faults(str(output), "writing it"):
+        try:
+            (temporary / "data").mkdir(parents=True)
+            _hugging_face(what, temporary)
+            if output.exists():
+                output.rename(replaced)
+            temporary.rename(output)
+            sync_folder(output.parent)
+        finally:
+            for folder in (temporary, replaced):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hugging_face(what: Export, folder: Path) -> None:
+    data = folder / "data"
+    files: list[Path] = []
+
+    def next_file() -> Path:
+        files.append(data / f"train-{len(files):05d}.parquet")
+        return files[-1]
+
+    _parquet(what, next_file, SHARD_BYTES)
+    (folder / "README.md").write_text(_card(what), encoding="utf-8")
+    for path in (*files, folder / "README.md"):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    for number, path in enumerate(files):
+        path.rename(data / f"train-{number:05d}-of-{len(files):05d}.parquet")
+    sync_folder(data)
+    sync_folder(folder)
+
+
+def _card(what: Export) -> str:
     about = what.about
+    unit = "row" if what.ordered.offsets is None else "token"
     layers = ", ".join(str(layer) for layer in about["layers"])
-    (path / "README.md").write_text(
+    return (
         "---\nconfigs:\n- config_name: default\n  data_files:\n"
         "  - split: train\n    path: data/train-*.parquet\n---\n\n"
         f"# Activations: {about['component']} at {about['position']}\n\n"
         f"{len(what.ordered.row_keys)} rows, layers {layers}, d_model {what.shape[2]}, {what.value_dtype.name}. One "
-        "record per row and layer; `layer` counts from 0, and `resid_post` is the output of that block.\n\n"
-        f"Model fingerprint `{about['model']}`, captures {', '.join(about['captures'])}, resid {about['resid']}.\n",
-        encoding="utf-8",
+        f"record per {unit} and layer; `layer` counts from 0, and `resid_post` is the output of that block.\n\n"
+        f"Model {about['model_name'] or 'unknown'}, fingerprint `{about['model']}`; captures "
+        f"{', '.join(about['captures'])}; resid {about['resid']}.\n"
     )

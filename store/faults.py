@@ -53,7 +53,7 @@ def _is_fault(error: Exception, remote: bool) -> bool:
     if isinstance(error, ResidError):
         return False
     if isinstance(error, FileNotFoundError | FileExistsError):
-        return error_code(error) == "NoSuchBucket"
+        return error_code(error) in ("NoSuchBucket", "NoSuchUpload")
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or (remote and library in _LIBRARIES)
 

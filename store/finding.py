@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,12 +43,13 @@ def select(
     if not keys:
         raise MissingDataError("no rows were asked for")
     if len(set(keys)) < len(keys):
-        raise MismatchError("a row was asked for twice")
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise MismatchError(f"row {short(twice)} was asked for twice")
     held = sorted({layer for generation in holders for layer in generation.plan.layers})
-    wanted = held if layers is None else list(layers)
+    wanted = held if layers is None else [operator.index(layer) for layer in layers]
     if len(set(wanted)) < len(wanted):
         raise MismatchError(f"a layer was asked for twice: {wanted}")
-    server = np.full((len(keys), len(wanted)), -1, dtype=np.int64)  # [row, layer] -> holder
+    server = np.full((len(keys), len(wanted)), -1, dtype=np.int16)  # [row, layer] -> holder; small: rows are many
     indices = np.full((len(holders), len(keys)), -1, dtype=np.int64)  # [holder, row] -> index in its array
     for g, generation in enumerate(holders):
         plan, index = generation.plan, generation.index
@@ -65,6 +68,7 @@ def select(
     else:
         lacking = np.flatnonzero(np.any(server < 0, axis=1))
     if len(lacking):
+        _refuse_short(holders, keys, indices, lacking, position)
         which = "" if layers is None else f" at all of the layers {wanted}"
         raise MissingDataError(
             f"{len(lacking)} of {len(keys)} rows have no {component} at {position}{which} "
@@ -77,8 +81,35 @@ def select(
     return Selection(keys, tuple(wanted), holders[0].plan.d_model, component, position, parts, offsets)
 
 
+def _refuse_short(
+    holders: Sequence[Generation],
+    keys: tuple[str, ...],
+    indices: npt.NDArray[np.int64],
+    lacking: npt.NDArray[np.int64],
+    position: str,
+) -> None:
+    """Say so if no capture could help: all tokens of rows are there, and the position is none of them."""
+    short_rows: dict[int, tuple[int, int]] = {}  # row -> tokens of prompt, of prompt and response
+    for g, generation in enumerate(holders):
+        if position == ALL_TOKENS or not generation.plan.ragged:
+            continue
+        rows = lacking[indices[g, lacking] >= 0]
+        at, table = indices[g, rows], generation.row_table
+        none = table.first_tokens(position, at) < 0
+        for row, i in zip(rows[none], at[none], strict=True):
+            short_rows[int(row)] = (int(table.prompt_length[i]), int(table.response_end[i]))
+    if short_rows:
+        first = min(short_rows)
+        prompt, end = short_rows[first]
+        raise MissingDataError(
+            f"{len(short_rows)} of {len(keys)} rows are too short to have {position} "
+            f"(first: row {short(keys[first])}, tokens: {prompt} of prompt, {end - prompt} of response)\n"
+            "  remedy: choose a position that every row has, or leave these rows out"
+        )
+
+
 def _offsets(
-    holders: Sequence[Generation], server: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]
+    holders: Sequence[Generation], server: npt.NDArray[np.int16], indices: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Return where each row's tokens begin in a selection of all tokens, and where the last one ends, [row + 1]."""
     lengths = np.zeros(server.shape[0], dtype=np.int64)
@@ -90,7 +121,7 @@ def _offsets(
 
 def _parts(
     holders: Sequence[Generation],
-    server: npt.NDArray[np.int64],
+    server: npt.NDArray[np.int16],
     indices: npt.NDArray[np.int64],
     layers: Sequence[int],
     position: str,
@@ -110,7 +141,7 @@ def _parts(
         if not len(rows):
             continue
         plan = generation.plan
-        patterns, pattern = np.unique(mine[rows], axis=0, return_inverse=True)
+        patterns, pattern = _patterns(mine[rows])
         at = indices[g, rows]
         block = plan.blocks_of(at)
         order = np.lexsort((at, pattern, block))
@@ -130,6 +161,14 @@ def _parts(
                 )
             )
     return parts
+
+
+def _patterns(mine: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Return the distinct rows of a table, and which of them each row is."""
+    if (mine == mine[0]).all():  # nearly always; sorting the table would take most of the time
+        return mine[:1], np.zeros(len(mine), dtype=np.int64)
+    patterns, pattern = np.unique(mine, axis=0, return_inverse=True)
+    return patterns, pattern
 
 
 def _entries(

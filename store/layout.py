@@ -23,7 +23,7 @@ from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from store.dtypes import NUMPY_DTYPES, DTypeName
 from store.location import Location
-from store.shards import ShardShape
+from store.shards import ShardError, ShardShape, bytes_of
 from store.sites import ALL_TOKENS, Component
 
 TARGET_CHUNK_BYTES = 4 << 20
@@ -153,7 +153,7 @@ def zarr_store(location: Location, *, read_only: bool) -> LocalStore | FsspecSto
     return FsspecStore.from_url(location.url, storage_options=location.storage_options, read_only=read_only)
 
 
-def encode_shard(values: npt.NDArray[Any], plan: GenerationPlan) -> bytes:
+def encode_shard(values: npt.NDArray[Any], plan: GenerationPlan) -> memoryview:
     """Return the bytes of one shard as zarr-python writes it; values [row or token, layer, *inner].
 
     The general path, for any codec; `store.shards` writes the same bytes faster where nothing is compressed. A block
@@ -164,7 +164,24 @@ def encode_shard(values: npt.NDArray[Any], plan: GenerationPlan) -> bytes:
     array[: len(values)] = values
     buffer = sync(memory.get("shard/c/" + "/".join("0" * array.ndim), prototype=default_buffer_prototype()))
     assert buffer is not None
-    return bytes(buffer.to_bytes())
+    # Not to_bytes(): a copy of a whole shard takes as long as encoding it.
+    return bytes_of(buffer.as_numpy_array())
+
+
+def decode_shard(data: bytes, plan: GenerationPlan) -> npt.NDArray[Any]:
+    """Return the values of a shard, [row or token, layer, *inner]: the inverse of `encode_shard`.
+
+    Raises:
+        ShardError: if zarr-python cannot read it.
+    """
+    memory = MemoryStore()
+    array = _create_array(memory, "shard", plan, plan.shard_shape.entries)
+    buffer = default_buffer_prototype().buffer.from_bytes(data)
+    sync(memory.set("shard/c/" + "/".join("0" * array.ndim), buffer))
+    try:
+        return np.asarray(array[:])
+    except (ValueError, RuntimeError) as error:  # what zarr and its codecs raise
+        raise ShardError(str(error)) from None
 
 
 def _create_array(store: Any, name: str, plan: GenerationPlan, entries: int) -> zarr.Array[Any]:

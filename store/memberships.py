@@ -102,7 +102,10 @@ class Memberships:
             MismatchError: if studies disagree on it.
         """
         if study is not None and study not in self.studies():
-            raise MissingDataError(f"no study {study!r} has captured this model; known: {', '.join(self.studies())}")
+            near = difflib.get_close_matches(study, self.studies(), n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(self.studies()) or "none"
+            raise MissingDataError(f"no study {study!r} has captured this model{meant}\n  known: {known}")
         tables = {name: self.table(name) for name in ([study] if study is not None else self.studies())}
         keys: dict[str, None] = {}
         file: str | None = None
@@ -124,10 +127,11 @@ class Memberships:
     def prompts(self, names: Iterable[str] | None = None) -> dict[str, tuple[str, str | None]]:
         """Return row key -> (prompt id, text) of prompt sets (None: of all), in whichever studies they are."""
         found: dict[str, tuple[str, str | None]] = {}
+        chosen = None if names is None else pa.array(list(names), pa.string())
         for study in self.studies():
             table = self.table(study)
-            if names is not None:
-                table = table.filter(pc.is_in(table["prompt_set"], value_set=pa.array(list(names), pa.string())))
+            if chosen is not None:
+                table = table.filter(pc.is_in(table["prompt_set"], value_set=chosen))
             keys, ids, texts = (table[name].to_pylist() for name in ("row_key", "prompt_id", "text"))
             found.update(zip(keys, zip(ids, texts, strict=True), strict=True))
         return found

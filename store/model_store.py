@@ -224,14 +224,29 @@ class ModelStore:
         found.sort(key=lambda each: (not self._exact(each.plan.dtype), each.plan.ragged, each.id))
         return found
 
-    def committed_rows(self, component: str, position: str) -> tuple[str, ...]:
-        """Return every row that has a component at a position, each once, in stored order."""
-        keys: dict[str, None] = {}
+    def committed_rows(self, component: str, position: str, layers: Sequence[int] | None = None) -> tuple[str, ...]:
+        """Return every row that has a component at a position, each once, in stored order.
+
+        Args:
+            layers: only rows that have all of these; None: rows that have any.
+        """
+        wanted = frozenset(() if layers is None else layers)
+        held: dict[str, frozenset[int]] = {}  # row key -> which of the layers wanted
         for generation in self.holders(component, position):
+            plan = generation.plan
+            here = wanted.intersection(plan.layers)
+            if wanted and not here:
+                continue
             for block in sorted(generation.committed()):
-                start, stop = generation.plan.block_range(block)
-                keys.update(dict.fromkeys(generation.keys[start:stop]))
-        return tuple(keys)
+                if block >= plan.n_blocks:
+                    continue
+                at = np.arange(*plan.block_range(block))
+                if plan.ragged and position != ALL_TOKENS:
+                    at = at[generation.row_table.first_tokens(position, at) >= 0]
+                for i in at:
+                    key = generation.keys[i]
+                    held[key] = held[key] | here if key in held else here
+        return tuple(key for key, its in held.items() if its == wanted)
 
     def verify(self, *, repair: bool = False, deep: bool = True) -> list[str]:
         """Compare every committed byte with its checksum; return a line per damaged block or generation.

@@ -112,16 +112,26 @@ class _ZarrShard:
         start = self._block * shape.entries
         wanted = shape.entries if out is None else out.shape[1]
         stop = min(start + wanted, self._array.shape[0])
+        result = np.empty((len(layers), wanted, *shape.inner), shape.dtype) if out is None else out
         try:
-            # One request to zarr, which fetches the chunks at the same time.
-            found = self._array.oindex[start:stop, np.array(layers)]
+            for first, last in _runs(layers):
+                # Slices only: zarr-python expands lists of indices to one of each value's coordinates.
+                found = self._array[start:stop, layers[first] : layers[last] + 1]
+                result[first : last + 1, : stop - start] = np.moveaxis(np.asarray(found), 1, 0)
         except (ValueError, RuntimeError) as error:  # what zarr and its codecs raise on a checksum mismatch
             raise ShardError(str(error)) from None
-        result = np.empty((len(layers), wanted, *shape.inner), shape.dtype) if out is None else out
-        result[:, : stop - start] = np.moveaxis(np.asarray(found), 1, 0)
         if stop - start < wanted:
             result[:, stop - start :] = np.nan
         return result
+
+
+def _runs(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield first and last index of every run of layers that follow each other."""
+    first = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or layers[i] != layers[i - 1] + 1:
+            yield first, i - 1
+            first = i
 
 
 class Guarded:

@@ -221,8 +221,9 @@ def _put(url: str, data: bytes, first_wins: bool) -> bool:
             given = filesystem.s3_additional_kwargs.get("Metadata", {})
             options["Metadata"] = {**given, TOKEN: token}
         if filesystem.async_impl:
-            # A read timeout counts from the end of an upload, so one that stalls needs a limit of its own.
-            options["timeout"] = 8 * _read_timeout(filesystem) * (1 + len(data) / 2**25)
+            # A read timeout counts from the end of an upload, and an upload waits without limit for the server to say
+            # that it may begin. So it has a limit of its own: 24 s, and 3 s a MiB.
+            options["timeout"] = _read_timeout(filesystem) * (2 + len(data) / 2**22)
 
         def put() -> bool:
             try:

@@ -96,7 +96,7 @@ def rows_to_bytes(rows: Sequence[Row]) -> bytes:
 
 def rows_from_bytes(data: bytes) -> list[Row]:
     """Inverse of `rows_to_bytes`."""
-    return rows_from_table(pq.read_table(io.BytesIO(data), page_checksum_verification=True))
+    return rows_from_table(_read(data, None))
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,12 @@ class RowTable:
 def row_table_from_bytes(data: bytes) -> RowTable:
     """Return keys and spans of `rows_to_bytes`' rows, without making the rows."""
     columns = ["row_key", "prompt_length", "response_end"]
-    table = pq.read_table(io.BytesIO(data), columns=columns, page_checksum_verification=True)
+    table = _read(data, columns)
     spans = [table[name].to_numpy().astype(np.int64) for name in columns[1:]]
     return RowTable(table["row_key"].to_pylist(), *spans)
+
+
+def _read(data: bytes, columns: list[str] | None) -> pa.Table:
+    # Not read_table: the data set machinery that it loads takes 50 MB.
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    return file.read(columns=columns, use_threads=False)

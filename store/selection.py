@@ -7,6 +7,7 @@ whatever is selected.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from store.buffers import Pool
 from store.dtypes import NUMPY_DTYPES, to_float32
 from store.errors import ResidError
-from store.fingerprint import short
 from store.generation import Generation
 from store.readers import DirectReader, OpenShard
 from store.sites import ALL_TOKENS
@@ -151,6 +152,11 @@ class Selection:
             f"{self.nbytes / 1e6:,.1f} MB in {len(self.parts)} blocks; .to_numpy() reads it>"
         )
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the row keys, in their order."""
+        return hashlib.sha256("\n".join(self.row_keys).encode()).hexdigest()
+
     def in_stored_order(self) -> Selection:
         """Return the same rows in the order in which they are stored: reading by blocks is then reading in order."""
         first: dict[int, None] = {}
@@ -160,9 +166,15 @@ class Selection:
         return self.isel(np.array(list(first), dtype=np.int64))
 
     def isel(self, rows: npt.ArrayLike | slice) -> Selection:
-        """Return some of the rows, by index into `row_keys`, in the order given."""
-        every = np.arange(len(self.row_keys))
-        chosen = every[rows] if isinstance(rows, slice) else every[np.asarray(rows)]
+        """Return some of the rows, by index into `row_keys` (a slice, a list or a mask), in the order given.
+
+        Raises:
+            IndexError: if there is no such row, or a mask has another length.
+        """
+        index: Any = rows if isinstance(rows, slice) else np.asarray(rows)
+        if not isinstance(rows, slice) and (index.ndim != 1 or not index.size):
+            raise ValueError(f"choose at least one row, by a slice, a list of indices or a mask, not {rows!r}")
+        chosen = np.arange(len(self.row_keys))[index]
         if not len(chosen) or len(np.unique(chosen)) < len(chosen):
             raise ValueError("choose at least one row, and each at most once")
         # Old index of the first axis -> new one, or -1.
@@ -186,13 +198,18 @@ class Selection:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def read(self, part: Part, dtype: Dtype = "float32") -> npt.NDArray[Any]:
+    def read(self, part: Part, dtype: Dtype = "float32", pool: Pool | None = None) -> npt.NDArray[Any]:
         """Return the values of one part: [row or token, layer, d_model].
+
+        Args:
+            pool: where to take the memory from; None for fresh memory.
 
         Raises:
             DamageError: if its bytes are not those that were committed.
         """
-        values = np.empty((len(part.layers), len(part.within), self.d_model), self.dtype_of(dtype))
+        shape = (len(part.layers), len(part.within), self.d_model)
+        kind = self.dtype_of(dtype)
+        values = np.empty(shape, kind) if pool is None else pool.take(shape, kind)
         for index, found in self.chunks([part], dtype, into=lambda _, index: values[index]):
             del index, found
         return values.transpose(1, 0, 2)
@@ -202,7 +219,7 @@ class Selection:
     ) -> Iterator[tuple[tuple[Part, int], npt.NDArray[Any]]]:
         """Yield ((part, index into its layers), values [row or token, d_model]), one layer of one part at a time.
 
-        The values are overwritten by the next step, unless `into` is given.
+        The memory of values that nobody holds any more is used again.
 
         Args:
             into: called with part and index; returns the array to put the values into.
@@ -211,16 +228,16 @@ class Selection:
             DamageError: if bytes are not those that were committed.
         """
         target_dtype = self.dtype_of(dtype)
-        buffers = _Buffers()
+        pool = Pool()
         for part, index, opened in self._opened(self.parts if parts is None else parts):
             shape = (len(part.within), self.d_model)
-            out = buffers.take("out", shape, target_dtype) if into is None else into(part, index)
+            out = pool.take(shape, target_dtype) if into is None else into(part, index)
             plan = part.generation.plan
             plain = part.whole is not None and (part.position is None or len(plan.positions) == 1)
             if plain and target_dtype == NUMPY_DTYPES[plan.dtype] and out.flags.c_contiguous:
                 opened.read([part.stored_at[index]], out.reshape(1, len(out), *plan.inner))
             else:
-                scratch = buffers.take("chunk", (1, *plan.shard_shape.chunk_shape), NUMPY_DTYPES[plan.dtype])
+                scratch = pool.take((1, *plan.shard_shape.chunk_shape), NUMPY_DTYPES[plan.dtype])
                 opened.read([part.stored_at[index]], scratch)
                 found = part.pick(scratch[0])
                 if target_dtype == found.dtype:
@@ -259,17 +276,18 @@ class Selection:
             with part.generation.open_block(self.component, part.block) as opened:
                 return opened.read([part.stored_at[index] for index in indices])
 
-        # A request fetches several layers of a block: object storage takes its time for each.
+        # A request fetches several layers of a block: object storage takes its time for each. A disk does not.
+        most = 1 if all(part.generation.location.is_local for part, _ in steps) else FETCHERS
         groups: list[tuple[Part, list[int]]] = []
         for part, index in steps:
-            if groups and groups[-1][0] is part and len(groups[-1][1]) < FETCHERS:
+            if groups and groups[-1][0] is part and len(groups[-1][1]) < most:
                 groups[-1][1].append(index)
             else:
                 groups.append((part, [index]))
         waiting = iter(groups)
-        with ThreadPoolExecutor(FETCHERS) as pool:
+        with ThreadPoolExecutor(most) as pool:
             running: deque[tuple[Part, list[int], Future[npt.NDArray[Any]]]] = deque()
-            for part, indices in islice(waiting, FETCHERS):
+            for part, indices in islice(waiting, most):
                 running.append((part, indices, pool.submit(fetch, part, indices)))
             while running:
                 part, indices, future = running.popleft()
@@ -285,8 +303,10 @@ class Selection:
         Raises:
             DamageError: if bytes are not those that were committed.
         """
+        # While one is in use the next is read; the one before is free again, unless somebody kept it.
+        pool = Pool(2)
         for part in self.parts:
-            yield Block(part.into, part.layers, self.read(part, dtype))
+            yield Block(part.into, part.layers, self.read(part, dtype, pool))
 
     # -- conversions -------------------------------------------------------------------------------------------
 
@@ -334,7 +354,7 @@ class Selection:
         return to_dask(self, dtype)
 
     def to_xarray(self, dtype: Dtype = "float32") -> xarray.DataArray:
-        """Return a lazy xarray.DataArray (over `to_dask`) with the coordinates row, layer and, of all tokens, token."""
+        """Return a lazy xarray.DataArray (over `to_dask`) with coordinates row and layer, of all tokens token_index."""
         from store.bridges import to_xarray
 
         return to_xarray(self, dtype)
@@ -353,10 +373,6 @@ class Selection:
         rows: npt.NDArray[np.int64] = np.repeat(np.arange(len(self.row_keys)), np.diff(self.offsets))
         return rows
 
-    def describe_row(self, index: int) -> str:
-        """Name a row in a message."""
-        return f"row {short(self.row_keys[index])}"
-
 
 class _Fetched:
     """Chunks of one block that are in memory already."""
@@ -370,19 +386,6 @@ class _Fetched:
             return found
         out[...] = found[:, : out.shape[1]]
         return out
-
-
-class _Buffers:
-    """Memory that is used again: fresh pages cost as much as the copy into them."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, npt.NDArray[np.uint8]] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        size = int(np.prod(shape)) * dtype.itemsize
-        if name not in self._held or self._held[name].nbytes < size:
-            self._held[name] = np.empty(size, dtype=np.uint8)
-        return self._held[name][:size].view(dtype).reshape(shape)
 
 
 def ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -130,7 +130,7 @@ def shard_bytes(values: npt.NDArray[Any], shape: ShardShape) -> tuple[bytes, Sha
     return stream.getvalue(), shard
 
 
-def describe(data: bytes, shape: ShardShape) -> Shard:
+def describe(data: bytes | memoryview, shape: ShardShape) -> Shard:
     """Check every byte of a whole shard and return its description.
 
     Chunks may lie in any order and be compressed, as long as the checksum is the last codec of each.

@@ -8,12 +8,18 @@
 =============================================  =====================================================================
 
 `project` streams the layer from the store block by block: memory does not grow with the activations, only with the two
-numbers that are kept of each row.
+numbers that are kept of each row. `activation` reads the rows that DuckDB hands over together, 2,048 at most, and each
+chunk that they are in once.
+
+Models do not mix: `project` reads the rows of the direction's model, and a statement that reads activations of one
+model with `activation` may use `direction` for no other. A vector out of the view ``directions`` is an ordinary column
+beside ``model``: there the join has to say which.
 """
 
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
@@ -28,13 +34,15 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from store.activations import ActivationStore
 from store.directions import Direction, directions_from_table
 from store.errors import MismatchError, MissingDataError
-from store.finding import CAPTURE
+from store.finding import CAPTURE, select
 from store.fingerprint import short
 from store.generation import Generation
 from store.location import Location
+from store.memberships import PromptRows
 from store.model_store import ModelStore
 from store.results import ResultStore
-from store.sites import Site
+from store.selection import Selection
+from store.sites import ALL_TOKENS, Site, check_position
 
 FUNCTIONS: dict[str, str] = {
     "activation(row_key, site)": "one row's activation, FLOAT[]; position := 'prompt_end'",
@@ -62,18 +70,21 @@ _SQL_PROJECTED = (
     "model VARCHAR, projection DOUBLE, norm DOUBLE)[]"
 )
 
+# A value that is looked at twice is a lambda's parameter: what a macro names twice, DuckDB computes twice.
+# current_query_id() tells the calls of one statement from those of the next.
 _MACROS = """
 CREATE MACRO dot(a, b) AS list_inner_product(a::DOUBLE[], b::DOUBLE[]);
 CREATE MACRO cos(x) AS system.main.cos(x),
-    (a, b) AS CASE
-        WHEN list_inner_product(a::DOUBLE[], a::DOUBLE[]) = 0 OR list_inner_product(b::DOUBLE[], b::DOUBLE[]) = 0
-        THEN error('cos(a, b): a vector of zeros has no direction')
-        ELSE list_cosine_similarity(a::DOUBLE[], b::DOUBLE[]) END;
-CREATE MACRO activation(row_key, site, position := 'prompt_end') AS resid_activation(row_key, site, position);
-CREATE MACRO direction(name, layer, study := NULL) AS resid_direction(name, layer, study);
+    (a, b) AS list_transform([list_cosine_similarity(a::DOUBLE[], b::DOUBLE[])], lambda similarity: CASE
+        WHEN isnan(similarity) THEN error('cos(a, b): a vector of zeros, or with NaN, has no direction')
+        ELSE similarity END)[1];
+CREATE MACRO activation(row_key, site, position := 'prompt_end') AS
+    resid_activation(row_key, site, position, current_query_id()::BIGINT);
+CREATE MACRO direction(name, layer, study := NULL) AS
+    resid_direction(name, layer, study, current_query_id()::BIGINT);
 CREATE MACRO project(prompt_set, name, layer, position := NULL, study := NULL, responses := NULL) AS TABLE
-    SELECT prompt_set AS prompt_set, unnest(resid_project(prompt_set, name, layer, position, study, responses),
-        recursive := true);
+    SELECT prompt_set AS prompt_set, unnest(resid_project(prompt_set, name, layer, position, study, responses,
+        current_query_id()::BIGINT), recursive := true);
 """
 
 
@@ -84,7 +95,7 @@ def add_functions(connection: duckdb.DuckDBPyConnection, results: ResultStore, s
         store: where the activations are; None makes the functions that need them say so.
     """
     sources = _Sources(results, store)
-    text, number = "VARCHAR", "INTEGER"
+    text, number = "VARCHAR", "BIGINT"
 
     def create(name: str, function: Callable[..., pa.Array], parameters: list[Any], result: str) -> None:
         # side_effects: or DuckDB would take what one query read for the answer of the next.
@@ -98,10 +109,79 @@ def add_functions(connection: duckdb.DuckDBPyConnection, results: ResultStore, s
             side_effects=True,
         )
 
-    create("resid_activation", sources.activations, [text, text, text], "FLOAT[]")
-    create("resid_direction", sources.vectors, [text, number, text], "FLOAT[]")
-    create("resid_project", sources.projections, [text, text, number, text, text, text], _SQL_PROJECTED)
+    create("resid_activation", sources.activations, [text, text, text, number], "FLOAT[]")
+    create("resid_direction", sources.vectors, [text, number, text, number], "FLOAT[]")
+    create("resid_project", sources.projections, [text, text, number, text, text, text, number], _SQL_PROJECTED)
     connection.execute(_MACROS)
+
+
+class _Statement:
+    """What one statement has found in the store, and of which models; the next one looks again."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self._lock = threading.Lock()
+        self._rows: set[str] = set()  # models whose activations were read by row
+        self._vectors: dict[str, str] = {}  # model -> a direction of it
+        self._models: list[tuple[ModelStore, list[Generation]]] | None = None
+        self._holders: dict[tuple[str, str, str], list[Generation]] = {}
+
+    def select(
+        self, store: ModelStore, keys: Iterable[str], component: str, position: str, layer: int, remedy: str
+    ) -> Selection:
+        """Find rows as `ModelStore.select` does; what the captures hold is read once a statement."""
+        if position != ALL_TOKENS:
+            check_position(position)
+        count = store.manifest.get("n_layers")
+        if count is not None and not 0 <= layer < count:
+            raise MissingDataError(f"there is no layer {layer}: model {short(store.fingerprint)} has 0 to {count - 1}")
+        at = (store.fingerprint, component, position)
+        with self._lock:
+            if at not in self._holders:
+                self._holders[at] = store.holders(component, position)
+        selection = select(self._holders[at], tuple(keys), component, position, [layer], remedy)
+        if selection.offsets is not None:
+            raise ValueError(f"{position} is many positions of each row: name one")
+        return selection
+
+    def by_model(self, store: ActivationStore, keys: Iterable[str]) -> list[tuple[ModelStore, list[str]]]:
+        """Return which of the keys are each model's; a row belongs to one."""
+        with self._lock:
+            if self._models is None:
+                self._models = [(model, model.generations()) for model in store.models()]
+        left, found = dict.fromkeys(keys), []
+        for model, generations in self._models:
+            here = [key for key in left if any(key in generation.index for generation in generations)]
+            if here:
+                found.append((model, here))
+                for key in here:
+                    del left[key]
+        if left:
+            first = short(next(iter(left)))
+            raise MissingDataError(f"row {first} is not in {store.location}\n  remedy: {CAPTURE}")
+        return found
+
+    def reads(self, model: str) -> None:
+        """Note that it reads activations of a model by row."""
+        with self._lock:
+            self._rows.add(model)
+            self._refuse_a_mixture()
+
+    def uses(self, direction: Direction) -> None:
+        """Note that it takes the vector of a direction."""
+        with self._lock:
+            self._vectors[direction.model] = direction.name
+            self._refuse_a_mixture()
+
+    def _refuse_a_mixture(self) -> None:
+        if self._rows and self._vectors and len(self._rows | self._vectors.keys()) > 1:
+            directions = ", ".join(f"{name!r} (model {short(model)})" for model, name in self._vectors.items())
+            raise MismatchError(
+                f"this statement reads activations of model {', '.join(sorted(map(short, self._rows)))} "
+                f"with direction {directions}: models do not mix\n"
+                "  remedy: keep to the rows of one model (WHERE model = ...) and its directions (study := ...), "
+                "or take project(), which reads the rows of the direction's model"
+            )
 
 
 class _Sources:
@@ -109,16 +189,20 @@ class _Sources:
 
     def __init__(self, results: ResultStore, store: Location | None):
         self._results, self._location = results, store
+        self._lock, self._current = threading.Lock(), _Statement(-1)
+
+    def _statement(self, numbers: Any) -> _Statement:
+        """Return the statement that a batch belongs to, from its column of statement numbers."""
+        with self._lock:
+            if len(numbers) and self._current.number != numbers[0].as_py():
+                self._current = _Statement(numbers[0].as_py())
+            return self._current
 
     @cached_property
     def _store(self) -> ActivationStore:
         if self._location is None:
             raise MissingDataError("this connection knows no activation store\n  remedy: resid sql --store <store>")
         return ActivationStore.open(self._location)
-
-    @cached_property
-    def _models(self) -> list[tuple[ModelStore, list[Generation]]]:
-        return [(store, store.generations()) for store in self._store.models()]
 
     @cached_property
     def _directions(self) -> dict[tuple[str, str], Direction]:
@@ -132,8 +216,9 @@ class _Sources:
 
     # -- what DuckDB calls: a column a parameter, a column back -----------------------------------------------------
 
-    def activations(self, row_keys: Any, sites: Any, positions: Any) -> pa.Array:
+    def activations(self, row_keys: Any, sites: Any, positions: Any, numbers: Any) -> pa.Array:
         """Return the activation of each row, FLOAT[]; NULL where an argument is."""
+        statement = self._statement(numbers)
         asked: dict[tuple[str, str], dict[str, list[int]]] = {}
         columns = (row_keys.to_pylist(), sites.to_pylist(), positions.to_pylist())
         for i, (key, site, position) in enumerate(zip(*columns, strict=True)):
@@ -143,18 +228,19 @@ class _Sources:
         for (site, position), rows in asked.items():
             parsed = Site.parse(site)
             remedy = f"{CAPTURE} (its `capture` has to ask for {site} at {position})"
-            for store, here in self._by_model(rows):
-                selection = store.select(here, parsed.component, position, [parsed.layer], remedy)
-                if selection.offsets is not None:
-                    raise ValueError("activation() takes one position of each row: name another than all_tokens")
+            for store, here in statement.by_model(self._store, rows):
+                statement.reads(store.fingerprint)
+                selection = statement.select(store, here, parsed.component, position, parsed.layer, remedy)
                 for (part, _), values in selection.chunks():
                     for row, vector in zip(part.into, values, strict=True):
+                        kept = vector.copy()
                         for i in rows[here[row]]:
-                            result[i] = vector.copy()
+                            result[i] = kept
         return pa.array(result, type=pa.list_(pa.float32()))
 
-    def vectors(self, names: Any, layers: Any, studies: Any) -> pa.Array:
+    def vectors(self, names: Any, layers: Any, studies: Any, numbers: Any) -> pa.Array:
         """Return the vector of each direction at a layer, FLOAT[]; NULL where name or layer is."""
+        statement = self._statement(numbers)
         found: dict[tuple[str, int, str | None], npt.NDArray[np.float64]] = {}
         result: list[npt.NDArray[np.float64] | None] = []
         for name, layer, study in zip(names.to_pylist(), layers.to_pylist(), studies.to_pylist(), strict=True):
@@ -162,32 +248,40 @@ class _Sources:
                 result.append(None)
                 continue
             if (name, layer, study) not in found:
-                found[name, layer, study] = self._direction(name, study).at(layer)
+                direction = self._direction(name, study)
+                statement.uses(direction)
+                found[name, layer, study] = direction.at(layer)
             result.append(found[name, layer, study])
         return pa.array(result, type=pa.list_(pa.float32()))
 
     def projections(
-        self, prompt_sets: Any, names: Any, layers: Any, positions: Any, studies: Any, responses: Any
+        self, prompt_sets: Any, names: Any, layers: Any, positions: Any, studies: Any, responses: Any, numbers: Any
     ) -> pa.Array:
         """Return for each set of arguments all rows of the prompt set, projected."""
+        statement = self._statement(numbers)
         columns = [column.to_pylist() for column in (prompt_sets, names, layers, positions, studies, responses)]
-        return pa.concat_arrays([self._project(*call) for call in zip(*columns, strict=True)])
+        calls = [self._project(statement, *call) for call in zip(*columns, strict=True)]
+        return pa.concat_arrays(calls) if calls else pa.array([], pa.list_(_PROJECTED))
 
     def _project(
-        self, prompts: str, name: str, layer: int, position: str | None, study: str | None, responses: str | None
+        self,
+        statement: _Statement,
+        prompts: str,
+        name: str,
+        layer: int,
+        position: str | None,
+        study: str | None,
+        responses: str | None,
     ) -> pa.Array:
         if prompts is None or name is None or layer is None:
             raise ValueError("project(prompt_set, name, layer): none of these may be NULL")
         direction = self._direction(name, study)
-        store = self._store.model(direction.model)
         unit = direction.unit(layer)
         at = direction.position if position is None else position
-        rows = store.memberships.find([prompts], study if study in store.memberships.studies() else None, responses)
+        store, rows = self._rows(direction, prompts, study, responses)
         remedy = CAPTURE.replace("<study>", rows.study_file or "<study>")
         asks = f"its `capture` has to ask for {direction.component}.{layer} of {prompts} at {at}"
-        selection = store.select(rows.keys, direction.component, at, [layer], f"{remedy} ({asks})")
-        if selection.offsets is not None:
-            raise ValueError("project() takes one position of each row: name another than all_tokens")
+        selection = statement.select(store, rows.keys, direction.component, at, layer, f"{remedy} ({asks})")
         projected, norms = np.empty(len(selection)), np.empty(len(selection))
         for (part, _), found in selection.chunks():
             values = found.astype(np.float64)
@@ -226,15 +320,14 @@ class _Sources:
             )
         return first
 
-    def _by_model(self, keys: Iterable[str]) -> list[tuple[ModelStore, list[str]]]:
-        """Return which of the keys are each model's; a row belongs to one."""
-        left, found = dict.fromkeys(keys), []
-        for store, generations in self._models:
-            here = [key for key in left if any(key in generation.index for generation in generations)]
-            if here:
-                found.append((store, here))
-                left = {key: None for key in left if key not in set(here)}
-        if left:
-            first = short(next(iter(left)))
-            raise MissingDataError(f"row {first} is not in {self._store.location}\n  remedy: {CAPTURE}")
-        return found
+    def _rows(
+        self, direction: Direction, prompts: str, study: str | None, responses: str | None
+    ) -> tuple[ModelStore, PromptRows]:
+        """Return the rows of a prompt set that are of a direction's model, and where they are."""
+        try:
+            store = self._store.model(direction.model)
+            captured = study if study in store.memberships.studies() else None
+            return store, store.memberships.find([prompts], captured, responses)
+        except MissingDataError as error:
+            of = f"direction {direction.name!r} is of model {short(direction.model)}, and only that model's rows count"
+            raise MissingDataError(f"{error}\n  {of}") from None

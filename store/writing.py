@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from store.errors import NonFiniteError
-from store.layout import GenerationPlan, encode_shard
+from store.layout import GenerationPlan, decode_shard, encode_shard
 from store.location import Location
-from store.shards import Shard, ShardError, ShardShape, describe, shard_bytes, write_shard
+from store.shards import Shard, ShardError, describe, shard_bytes, write_shard
 
 # A vector of the shard that is there may differ from ours by this much of its largest value: far beyond what another
 # machine's sums differ by, far below what another row differs by.
@@ -39,18 +39,28 @@ def put_shard(target: Location, values: npt.NDArray[Any], plan: GenerationPlan) 
             ours = write_shard(stream, values, shape)
         if stream.won:
             return ours
-    elif target.create(data := _encoded(values, plan)):
-        return describe(data, shape)
+    else:
+        data = _encoded(values, plan)
+        if _create(target, data):
+            return describe(data, shape)
     adopted = _adopted(target.read_bytes(), values, plan)
     if adopted is not None:
         return adopted
     # Torn or foreign, and no commit speaks for it.
     data = _encoded(values, plan)
-    target.write(data)
+    target.write(bytes(data))
     return describe(data, shape)
 
 
-def _encoded(values: npt.NDArray[Any], plan: GenerationPlan) -> bytes:
+def _create(target: Location, data: bytes | memoryview) -> bool:
+    if not target.is_local:
+        return target.create(bytes(data))
+    with target.writing(first_wins=True) as stream:
+        stream.write(data)
+    return bool(stream.won)
+
+
+def _encoded(values: npt.NDArray[Any], plan: GenerationPlan) -> bytes | memoryview:
     return shard_bytes(values, plan.shard_shape)[0] if plan.compression == "none" else encode_shard(values, plan)
 
 
@@ -58,11 +68,9 @@ def _adopted(data: bytes, values: npt.NDArray[Any], plan: GenerationPlan) -> Sha
     """Return the description of a shard that somebody else wrote, if it holds what ours does."""
     if data == _encoded(values, plan):
         return describe(data, plan.shard_shape)
-    if plan.compression != "none":
-        return None  # rewritten: comparing would need the codec's inverse, and nobody else's commit speaks for it
     try:
         there = describe(data, plan.shard_shape)
-        for layer, theirs in enumerate(_chunks(data, plan.shard_shape)):
+        for layer, theirs in enumerate(_chunks(data, plan)):
             if not _alike(theirs[: len(values)], values[:, layer]):
                 return None
     except ShardError:
@@ -70,7 +78,11 @@ def _adopted(data: bytes, values: npt.NDArray[Any], plan: GenerationPlan) -> Sha
     return there
 
 
-def _chunks(data: bytes, shape: ShardShape) -> list[npt.NDArray[Any]]:
+def _chunks(data: bytes, plan: GenerationPlan) -> list[npt.NDArray[Any]]:
+    """Return the layers of a whole shard, each [row or token, *inner]."""
+    shape = plan.shard_shape
+    if plan.compression != "none":
+        return list(np.moveaxis(decode_shard(data, plan), 1, 0))
     index = np.frombuffer(data, "<u8", offset=len(data) - shape.index_bytes, count=2 * shape.n_layers).reshape(-1, 2)
     if (index[:, 1] != shape.chunk_bytes + 4).any():
         raise ShardError("its chunks are of another size")

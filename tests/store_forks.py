@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.dataset  # imported before forking, as everything that tasks use
 import pyarrow.parquet
 import pytest
-from store_worker import LAYERS, MODEL, activations, expected, make_rows, make_texts, new_store, request, write
+from store_worker import LAYERS, MODEL, activations, expected, make_rows, make_texts, new_store, request
 
 from store.activations import ActivationStore, ModelStore
 from store.errors import ResidError
@@ -217,19 +217,22 @@ def capture_range(
         won = False
         with generation.claim(block.block) as wanted:
             if wanted:
-                won = write(model, block, writer=writer)
+                begin, end = generation.plan.block_range(block.block)
+                values = activations(generation.rows[begin:end], generation.plan)
+                won = generation.write_block(block.block, values, {"writer": writer})
         say(channel, f"{block.id} {int(won)}")
 
 
-def read_blocks(channel: TextIO, store: str, stop: int, block_rows: int, position: str, kind: str) -> None:
-    """Look at what is committed, again and again until told to stop, and compare it with what it has to be.
+def read_blocks(channel: TextIO, store: str, stop: int, position: str, kind: str, until: str) -> None:
+    """Look at what is committed, until a file is there and once more; compare it with what it has to be.
 
     Reports a line per look: how many rows there were.
     """
     rows = {row.key: row for row in rows_of(kind, 0, stop)}
     channel.readline()
-    looks = 0
+    looks, stopped = 0, False
     while True:
+        last, stopped = stopped, Path(until).exists()
         model = open_model(store)
         keys = model.committed_rows("resid_post", position)
         if keys:
@@ -248,7 +251,7 @@ def read_blocks(channel: TextIO, store: str, stop: int, block_rows: int, positio
                     assert all(seen) or not any(seen), "half a block"
         looks += 1
         say(channel, len(keys))
-        if channel.readline() == "stop\n":
+        if last:
             return
 
 

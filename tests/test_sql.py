@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.statistics import wilson_interval
+from jobs.cli import main as resid
 from jobs.sql import main, run_sql, run_statements
 from store.errors import MissingDataError, QueryError
 from store.location import Location
@@ -512,6 +513,15 @@ def test_dot_commands_show_the_views_and_their_columns(study: ResultStore, capsy
     assert all(view in shown for view in VIEWS)
     assert "verdict" in shown
     assert "never" not in shown
+
+
+def test_the_help_lists_what_a_query_may_use(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, arguments in ((main, ["--help"]), (resid, ["sql", "--help"])):
+        with pytest.raises(SystemExit):
+            command(arguments)
+        shown = capsys.readouterr().out
+        assert "\nlabels  " in shown
+        assert "\nproject(prompt_set, name, layer)  " in shown
 
 
 def test_the_module_runs_as_a_command(study: ResultStore, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

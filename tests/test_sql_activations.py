@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+from s3_server import bucket as bucket
+from s3_server import s3 as s3
 from store_worker import D_MODEL, LAYERS, MODEL, capture, make_row, make_rows, new_store, request, truth, write
 
 from analysis.geometry import projection_blocks, projections
@@ -20,9 +23,11 @@ from store.activations import ActivationStore, ModelStore
 from store.directions import Direction
 from store.dtypes import NUMPY_DTYPES
 from store.errors import QueryError
+from store.generation import Generation
 from store.location import Location
 from store.results import ResultStore
 from store.rows import Row
+from store.schemas import TABLES
 from store.sites import Spans
 from store.sql import connect, query
 
@@ -84,6 +89,14 @@ def places(tmp_path: Path) -> tuple[Location, Location]:
 def connection(places: tuple[Location, Location]) -> Iterator[duckdb.DuckDBPyConnection]:
     with connect(*places) as connection:
         yield connection
+
+
+def write_table(results: ResultStore, name: str, records: list[dict[str, Any]]) -> None:
+    table = pa.Table.from_pylist(records, schema=TABLES[name])
+    if name in ("generations", "scores"):
+        results.write_block(name, "b", table)
+    else:
+        results.replace(name, "s", table)
 
 
 def answer(connection: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
@@ -185,11 +198,13 @@ MISTAKES = {
     "project('harmful@test', 'refusal', 3, position := 'response_start')": r"resid capture --study studies/some\.yaml",
     "project('harmful@test', 'refusal', 3, study := 'other')": "in study 'other'",
     "project('harmful@test', NULL, 3)": "none of these may be NULL",
-    f"(SELECT activation('{KEYS[0]}', 'resid_post.77'))": "no resid_post at prompt_end at all of the layers",
+    f"(SELECT activation('{KEYS[0]}', 'resid_post.77'))": "no layer 77: model 5e5e5e5e5e5e5e5e has 0 to 5",
+    f"(SELECT activation('{KEYS[0]}', 'mlp_out.1'))": "no mlp_out at prompt_end at all of the layers",
+    f"(SELECT activation('{KEYS[0]}', 'resid_post.1', 'nowhere'))": "nowhere",
     f"(SELECT activation('{KEYS[0]}', 'layer 5'))": "is no site",
     "(SELECT activation('0000', 'resid_post.1'))": "row 0000 is not in",
     "(SELECT dot([1.0], [1.0, 2.0]))": "dimensions must be equal",
-    "(SELECT cos([0.0, 0.0], [1.0, 2.0]))": "zeros has no direction",
+    "(SELECT cos([0.0, 0.0], [1.0, 2.0]))": "a vector of zeros, or with NaN, has no direction",
 }
 
 
@@ -199,6 +214,73 @@ def test_a_mistake_in_a_call_is_named(connection: duckdb.DuckDBPyConnection, cal
         query(connection, f"SELECT * FROM {call}")
     assert "Traceback" not in str(caught.value)
     assert "UDF" not in str(caught.value)
+
+
+def test_a_query_may_take_the_layer_from_a_column(connection: duckdb.DuckDBPyConnection) -> None:
+    sql = (
+        "SELECT l, avg(projection) AS mean FROM range(6) AS t(l), project('harmful@test', 'refusal', l) "
+        "GROUP BY l ORDER BY l"
+    )
+    found = [record["mean"] for record in answer(connection, sql)]
+    rows = [ROWS[i] for i in (7, 0, 5, 3)]
+    for layer, mean in enumerate(found):
+        values = [truth(row, "resid_post", layer, "prompt_end").astype(np.float64) for row in rows]
+        assert mean == pytest.approx(np.mean(values @ make_direction().unit(layer)), rel=1e-9)
+    assert len(found) == LAYERS
+
+
+def test_the_mean_projection_of_refused_and_of_answered_prompts(places: tuple[Location, Location]) -> None:
+    results, store = ResultStore(places[0]), places[1]
+    base = {"study": "s", "model": MODEL, "decoding_key": "greedy", "condition_key": "c", "condition": "baseline"}
+    unused = {"interventions": "[]", "decoding": "{}", "base_condition": "baseline", "coefficient": None}
+    write_table(results, "conditions", [{**base, **unused, "control_of": None}])
+    asked = {"prompt_set": "harmful@test", "seed": 0}
+    keys = [{"row_key": ROWS[i].key, "prompt_id": ROWS[i].prompt_id} for i in (7, 0, 5, 3)]
+    write_table(results, "replay_rows", [{**base, **asked, **key} for key in keys])
+    text = {"text": "", "token_ids": [1], "n_tokens": 1, "finish_reason": "stop", "seed": 0}
+    versions = dict.fromkeys(("code_version", "transformers_version", "torch_version"), "1")
+    text = {**text, **versions, "created": datetime(2026, 1, 2, tzinfo=UTC)}
+    made = [{**base, **key, **text, "generation_key": key["row_key"]} for key in keys]
+    write_table(results, "generations", made)
+    score = {"judge": "phrases", "judge_version": "1", "value": 1.0}
+    refused = {7: "refusal", 0: "no_refusal", 5: "refusal", 3: "no_refusal"}
+    scores = [{**score, "generation_key": ROWS[i].key, "label": label} for i, label in refused.items()]
+    write_table(results, "scores", scores)
+    sql = (
+        "SELECT refusal, avg(projection) AS mean, count(*) AS n FROM labels JOIN project('harmful@test', 'refusal', 3) "
+        "USING (model, prompt_id) GROUP BY refusal ORDER BY refusal"
+    )
+    by_row = (
+        "SELECT refusal, avg(dot(activation(row_key, 'resid_post.3'), direction('refusal', 3))) AS mean "
+        "FROM labels JOIN generations USING (study, generation_key) GROUP BY refusal ORDER BY refusal"
+    )
+    direction = make_direction()
+    with connect(places[0], store) as connection:
+        found, raw = answer(connection, sql), answer(connection, by_row)
+    for record, other, chosen in zip(found, raw, ((0, 3), (7, 5)), strict=True):
+        rows = [truth(ROWS[i], "resid_post", 3, "prompt_end").astype(np.float64) for i in chosen]
+        mean = np.mean([row @ direction.unit(3) for row in rows])
+        assert (record["n"], record["mean"]) == (2, pytest.approx(mean, rel=1e-9))
+        assert other["mean"] == pytest.approx(mean * direction.norms[3], rel=1e-9)
+    assert [record["refusal"] for record in found] == [False, True]
+
+
+def test_a_batch_reads_each_of_its_chunks_once(
+    connection: duckdb.DuckDBPyConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, int]] = []
+    original = Generation.open_block
+
+    def count(self: Generation, component: Any, block: int) -> Any:
+        opened.append((self.id, block))
+        return original(self, component, block)
+
+    monkeypatch.setattr(Generation, "open_block", count)
+    keys = ", ".join(f"('{key}')" for key in [*KEYS, *KEYS])
+    sql = f"SELECT cos(activation(k, 'resid_post.4'), direction('refusal', 4)) AS c FROM (VALUES {keys}) AS t(k)"
+    assert len(answer(connection, sql)) == 18
+    # Five rows in blocks of two, four in blocks of three; a macro that names an argument twice would read them twice.
+    assert len(opened) == len(set(opened)) == 3 + 2
 
 
 def test_directions_of_one_name_in_two_studies_need_the_study(places: tuple[Location, Location]) -> None:
@@ -219,7 +301,7 @@ def test_models_never_mix(places: tuple[Location, Location]) -> None:
     rows = [make_row(i, other) for i in range(3)]
     capture(second, request(rows))
     remember(second, harmful_test=rows)
-    write_directions(results, make_direction("foreign", 3, other))
+    write_directions(results, make_direction("foreign", 3, other), study="t")
     with connect(*places) as connection:
         found = answer(connection, "SELECT * FROM project('harmful@test', 'foreign', 3)")
         assert {record["row_key"] for record in found} == {row.key for row in rows}
@@ -229,6 +311,18 @@ def test_models_never_mix(places: tuple[Location, Location]) -> None:
         )
         np.testing.assert_array_equal(np.float32(both[0]["a"]), truth(rows[0], "resid_post", 1, "prompt_end"))
         np.testing.assert_array_equal(np.float32(both[1]["a"]), truth(ROWS[0], "resid_post", 1, "prompt_end"))
+        product = "SELECT dot(activation(k, 'resid_post.1'), direction('{}', 1)) AS d FROM (VALUES {}) t(k)"
+        keys = [f"('{rows[0].key}')", f"('{KEYS[0]}')"]
+        for name, of in (("foreign", keys[1:]), ("refusal", keys[:1]), ("foreign", keys), ("refusal", keys)):
+            with pytest.raises(QueryError, match="models do not mix"):
+                query(connection, product.format(name, ", ".join(of)))
+        # What another statement read does not count.
+        h, v = truth(rows[0], "resid_post", 1, "prompt_end").astype(np.float64), make_direction("foreign", 3).at(1)
+        assert answer(connection, product.format("foreign", keys[0])) == [{"d": pytest.approx(h @ v, rel=1e-9)}]
+        h, v = truth(ROWS[0], "resid_post", 1, "prompt_end").astype(np.float64), make_direction().at(1)
+        assert answer(connection, product.format("refusal", keys[1])) == [{"d": pytest.approx(h @ v, rel=1e-9)}]
+        with pytest.raises(QueryError, match="direction 'foreign' is of model 7777777777777777, and only that"):
+            query(connection, "SELECT * FROM project('harmless', 'foreign', 1)")
 
 
 def test_a_missing_store_matters_only_to_who_asks_it(places: tuple[Location, Location], tmp_path: Path) -> None:
@@ -251,18 +345,31 @@ def test_activations_committed_later_are_seen(places: tuple[Location, Location])
             query(connection, sql)
         capture(ActivationStore.open(places[1]).model(MODEL), request(ROWS, positions=["response_start"]))
         assert answer(connection, sql) == [{"n": 9}]
+        late = make_row(20)
+        one = f"SELECT activation('{late.key}', 'resid_post.1') AS a"
+        with pytest.raises(QueryError, match=f"row {late.key[:16]} is not in"):
+            query(connection, one)
+        capture(ActivationStore.open(places[1]).model(MODEL), request([late]))
+        expected = truth(late, "resid_post", 1, "prompt_end")
+        np.testing.assert_array_equal(np.float32(answer(connection, one)[0]["a"]), expected)
 
 
-def test_everything_may_lie_on_object_storage(places: tuple[Location, Location]) -> None:
-    url = f"memory://{uuid.uuid4().hex}"
+@pytest.fixture(params=["memory", "s3"])
+def url(request: pytest.FixtureRequest) -> str:
+    return f"memory://{uuid.uuid4().hex}" if request.param == "memory" else request.getfixturevalue("bucket")
+
+
+def test_everything_may_lie_on_object_storage(places: tuple[Location, Location], url: str) -> None:
     model = new_store(f"{url}/store")
     capture(model, request(ROWS), block_rows=2)
     remember(model, harmful_test=list(ROWS))
     write_directions(Location.of(f"{url}/results"), make_direction())
-    sql = "SELECT row_key, projection FROM project('harmful@test', 'refusal', 5) ORDER BY row_key"
+    sql = "SELECT row_key, projection, activation(row_key, 'resid_post.0')[1] AS first FROM project('harmful@test', "
+    sql += "'refusal', 5) ORDER BY row_key"
     with connect(Location.of(f"{url}/results"), Location.of(f"{url}/store")) as remote, connect(*places) as local:
         found, expected = answer(remote, sql), answer(local, sql.replace("harmful@test", "harmless"))
-        assert [record["row_key"] for record in found] == [record["row_key"] for record in expected]
+        for exact in ("row_key", "first"):
+            assert [record[exact] for record in found] == [record[exact] for record in expected]
         # Blocks of another size sum in another order.
         projections = [[record["projection"] for record in each] for each in (found, expected)]
         assert projections[0] == pytest.approx(projections[1], rel=1e-13)
