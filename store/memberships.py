@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +50,8 @@ class Memberships:
     def write(self, study: str, study_file: str | None, records: Sequence[Mapping[str, str | None]]) -> None:
         """Replace what a study's prompt sets hold; records have the columns of `SCHEMA`."""
         table = pa.Table.from_pylist([dict(record) for record in records], schema=SCHEMA)
-        table = table.replace_schema_metadata({"study_file": study_file or ""})
+        file = study_file or ""
+        table = table.replace_schema_metadata({"study_file": file, "sha256": _content(table, file)})
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         self.location.make_folder()
@@ -67,7 +70,7 @@ class Memberships:
         files = set()
         for study in self.studies():
             with contextlib.suppress(DamageError):
-                files.add((self.table(study).schema.metadata or {}).get(b"study_file", b"").decode())
+                files.add(_study_file(self.table(study)))
         return files - {""}
 
     def table(self, study: str) -> pa.Table:
@@ -80,10 +83,14 @@ class Memberships:
         try:
             table = pq.read_table(io.BytesIO(where.read_bytes()), page_checksum_verification=True)
             if not table.schema.equals(SCHEMA):
-                raise pa.ArrowInvalid(f"its columns are {', '.join(table.schema.names)}")
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise MissingDataError(f"study {study!r} has captured nothing of this model") from None
+                raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+            # Pages have checksums of their own; Parquet's footer, which says how many rows there are, has none.
+            known = (table.schema.metadata or {}).get(b"sha256")
+            if known is not None and known.decode() != _content(table, _study_file(table)):
+                raise ValueError("its rows are not those that were written")
+        except FileNotFoundError:
+            raise MissingDataError(f"study {study!r} has captured nothing of this model") from None
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise DamageError(
                 f"{where}: this file cannot be read ({error})\n"
                 "  remedy: remove it; the next `resid capture` of that study writes it again"
@@ -121,7 +128,7 @@ class Memberships:
                         f"({len(found[other])}) in {other!r}\n  remedy: say which with study={owner!r}"
                     )
             keys.update(dict.fromkeys(found[owner]))
-            file = file or (tables[owner].schema.metadata or {}).get(b"study_file", b"").decode() or None
+            file = file or _study_file(tables[owner]) or None
         return PromptRows(tuple(keys), file)
 
     def prompts(self, names: Iterable[str] | None = None) -> dict[str, tuple[str, str | None]]:
@@ -150,6 +157,17 @@ class Memberships:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         listed = f"known: {', '.join(known)}" if known else "none is known yet; run resid capture --study <study>"
         return f"no captured study has a prompt set {name!r}{meant}\n  {listed}"
+
+
+def _study_file(table: pa.Table) -> str:
+    found: bytes = (table.schema.metadata or {}).get(b"study_file", b"")
+    return found.decode()
+
+
+def _content(table: pa.Table, study_file: str) -> str:
+    """Return the SHA-256 of a table's rows and its study file."""
+    columns = [column.to_pylist() for column in table.columns]
+    return hashlib.sha256(json.dumps([study_file, columns]).encode()).hexdigest()
 
 
 def _rows(table: pa.Table, name: str, responses: str | None) -> list[str]:

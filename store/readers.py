@@ -13,11 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import ByteRequest, RangeByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import WrapperStore
 
 from store.layout import GenerationPlan, zarr_store
 from store.location import Location
 from store.shard_files import ShardFile, will_need
-from store.shards import Shard, ShardError, ShardShape
+from store.shards import CRC_BYTES, Shard, ShardError, ShardShape
 
 
 class OpenShard(Protocol):
@@ -75,17 +78,42 @@ class DirectReader:
         will_need(self._path(component, block), self._shape, layers)
 
 
+class _ComparingStore(WrapperStore[Any]):
+    """Compares the checksum at the end of every chunk that zarr-python fetches with the commit of its block.
+
+    zarr-python itself compares it with the chunk's bytes only, and so takes one chunk of a shard for another.
+    """
+
+    def __init__(self, store: Any):
+        super().__init__(store)
+        self.committed: dict[str, dict[int, int]] = {}  # key of a shard -> end of a chunk -> checksum
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and key in self.committed:
+            raise FileNotFoundError(key)  # zarr-python would read it as fill values
+        if found is None or not (byte_range is None or isinstance(byte_range, RangeByteRequest)):
+            return found  # the index comes as a suffix, and is compared in `ZarrReader.open`
+        start = 0 if byte_range is None else byte_range.start
+        for end, committed in self.committed.get(key, {}).items():
+            if start <= end - CRC_BYTES and end <= start + len(found):
+                stored = int.from_bytes(found[end - CRC_BYTES - start : end - start].to_bytes(), "little")
+                if stored != committed:
+                    raise ShardError(f"the checksum of the chunk that ends at {end} is not that of the commit")
+        return found
+
+
 class ZarrReader:
     """Reads shards through zarr-python: any codec, local disk and object storage."""
 
     def __init__(self, group: Location, plan: GenerationPlan):
         self._group, self._plan = group, plan
+        self._store = _ComparingStore(zarr_store(group, read_only=True))
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def _array(self, component: str) -> zarr.Array[Any]:
         if component not in self._arrays:
-            store = zarr_store(self._group, read_only=True)
-            self._arrays[component] = zarr.open_array(store, path=component, mode="r", zarr_format=3)
+            self._arrays[component] = zarr.open_array(self._store, path=component, mode="r", zarr_format=3)
         return self._arrays[component]
 
     @contextlib.contextmanager
@@ -96,7 +124,11 @@ class ZarrReader:
         size = shard.size()
         if size != expected.size:
             raise ShardError(f"its size is {size} bytes, and the commit says {expected.size}")
-        check_tail(shard.tail(shape.index_bytes + 4), shape, expected)
+        tail = shard.tail(shape.index_bytes + CRC_BYTES)
+        check_tail(tail, shape, expected)
+        ends = (int(offset + nbytes) for offset, nbytes in _places(tail, shape))
+        key = shard.url.removeprefix(self._group.url).lstrip("/")
+        self._store.committed[key] = dict(zip(ends, expected.chunks, strict=True))
         yield _ZarrShard(self._array(component), block, self._plan)
 
     def will_need(self, component: str, block: int, layers: Sequence[int]) -> None:
@@ -156,14 +188,18 @@ def check_tail(tail: bytes, shape: ShardShape, expected: Shard) -> None:
     Raises:
         ShardError: if they differ.
     """
-    if len(tail) != shape.index_bytes + 4:
+    if len(tail) != shape.index_bytes + CRC_BYTES:
         raise ShardError("it is too short for its index")
     if int.from_bytes(tail[-4:], "little") != expected.index:
         raise ShardError("the index is not that of the commit")
-    index = np.frombuffer(tail, dtype="<u8", offset=4, count=2 * shape.n_layers).reshape(-1, 2)
-    last = int(np.argmax(index[:, 0]))
-    if int.from_bytes(tail[:4], "little") != expected.chunks[last]:
+    last = int(np.argmax(_places(tail, shape)[:, 0]))
+    if int.from_bytes(tail[:CRC_BYTES], "little") != expected.chunks[last]:
         raise ShardError(f"the checksum of layer position {last} is not that of the commit")
+
+
+def _places(tail: bytes, shape: ShardShape) -> npt.NDArray[np.uint64]:
+    """Return offset and size of each layer's chunk, [layer, 2], from a shard's tail."""
+    return np.frombuffer(tail, dtype="<u8", offset=CRC_BYTES, count=2 * shape.n_layers).reshape(-1, 2)
 
 
 def reader_for(group: Location, plan: GenerationPlan) -> Reader:

@@ -193,19 +193,11 @@ class ResultStore:
 
     def _records(self, table: str) -> list[tuple[str, bytes]]:
         schema_of(table)
-        records = [
-            folder / name
-            for folder in (self.location / table / COMMITS, self.location / table / CURRENT)
-            for name in folder.list()
-            if name.endswith(".json")
-        ]
-        if self.location.is_local or not records:
-            return [(str(record), record.read_bytes()) for record in records]
-        # One round trip for all of them: object stores fetch them together.
-        filesystem = self.location.filesystem
-        paths = {filesystem._strip_protocol(record.url): record for record in records}
-        contents = filesystem.cat(list(paths))
-        return [(str(record), contents[path]) for path, record in paths.items()]
+        found = []
+        for folder in (self.location / table / COMMITS, self.location / table / CURRENT):
+            names = [name for name in folder.list() if name.endswith(".json")]
+            found += [(str(folder / name), data) for name, data in folder.read_many(names).items()]
+        return found
 
     def _read_file(self, table: str, file: Location, columns: list[str], filters: Filters) -> pa.Table:
         try:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import pyarrow.dataset  # imported before forking, as everything that tasks use
+import numpy.testing  # before forking, as everything that tasks use: some of them may not read Python's folder
+import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 from store_worker import LAYERS, MODEL, activations, expected, make_rows, make_texts, new_store, request
@@ -202,7 +203,14 @@ def repair(channel: TextIO, store: str, at: int) -> None:
 
 
 def capture_range(
-    channel: TextIO, store: str, start: int, stop: int, writer: str, block_rows: int, compression: Compression, kind: str
+    channel: TextIO,
+    store: str,
+    start: int,
+    stop: int,
+    writer: str,
+    block_rows: int,
+    compression: Compression,
+    kind: str,
 ) -> None:
     """Do what `resid capture` does for some rows, with workers that wait for each other's blocks."""
     model = open_model(store)
@@ -297,7 +305,7 @@ def _child(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Fork and wait on orders, one JSON object a line; answer a process id or an exit code."""
-    assert pyarrow.parquet, pyarrow.dataset
+    assert numpy.testing, (pyarrow.parquet, pyarrow.dataset)
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

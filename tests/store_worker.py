@@ -123,10 +123,7 @@ def files(store: Path, without: Collection[str] = ()) -> dict[str, bytes]:
     return {
         str(path.relative_to(store)): path.read_bytes()
         for path in store.rglob("*")
-        if path.is_file()
-        and "locks" not in path.parts
-        and not path.name.endswith(PARTIAL)
-        and str(path) not in without
+        if path.is_file() and "locks" not in path.parts and not path.name.endswith(PARTIAL) and str(path) not in without
     }
 
 

@@ -297,7 +297,7 @@ def test_an_object_of_several_parts_is_put_as_one(
 @pytest.mark.parametrize(
     ("fault", "reason", "remedy"),
     [
-        (Fault("status", 503), "Service ?Unavailable|timeout", "check that the endpoint"),
+        (Fault("status", 503), "Service ?Unavailable|timeout|too long", "check that the endpoint"),
         (Fault("status", 403, "AccessDenied"), "AccessDenied|Forbidden", "check the credentials"),
         (Fault("drop"), "Connection was closed|timeout", "check that the endpoint"),
     ],
@@ -328,7 +328,7 @@ def test_an_endpoint_that_never_answers_is_an_error_after_few_requests(
         faulty.seen.clear()
         with pytest.raises(ResourceError, match="timeout"):
             operation(place)
-        assert 2 <= len(faulty.seen) <= 10
+        assert 1 <= len(faulty.seen) <= 10
 
 
 def test_a_server_that_is_not_there_is_an_error_with_a_remedy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,7 +433,7 @@ def scattered(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(scattered())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 def test_whatever_is_asked_of_whichever_captures_is_what_a_dictionary_of_cells_holds(
     tmp_path_factory: pytest.TempPathFactory, case: dict[str, Any]
 ) -> None:
@@ -665,9 +665,12 @@ print(selection.nbytes, 1024 * int(status["VmHWM"].split()[0]))
 """
 
 
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_mean_over_any_size_of_store_needs_less_than_300_megabytes(tmp_path: Path, compression: Any) -> None:
-    layers, d_model, n = 30, 1024, 10_000
+@pytest.mark.parametrize(("compression", "layers"), [("none", 30), ("zstd", 15)])
+def test_a_mean_over_any_size_of_store_needs_less_than_300_megabytes(
+    tmp_path: Path, compression: Any, layers: int
+) -> None:
+    # Used to happen: 4 GB for compressed blocks, whose layers zarr-python was asked for by lists of indices.
+    d_model, n = 1024, 10_000
     manifest = {"fingerprint": MODEL, "dtype": "bfloat16", "n_layers": layers, "d_model": d_model}
     model = ActivationStore.open(str(tmp_path / "store")).add_model(manifest)
     rows = [Row(MODEL, f"prompt-{i}", (i,), Spans(1, 1)) for i in range(n)]
@@ -683,7 +686,7 @@ def test_a_mean_over_any_size_of_store_needs_less_than_300_megabytes(tmp_path: P
     )  # fmt: skip
     nbytes, peak = map(int, done.stdout.split())
     print(f"peak memory {peak / 1e6:.0f} MB over {nbytes / 1e6:.0f} MB, compression {compression}")
-    assert nbytes > 600e6
+    assert nbytes == n * layers * d_model * 2
     wide = (noise[:, :, 0].astype(np.uint32) << 16).view(np.float32)
     even, odd = (wide[start::2].mean(axis=0, dtype=np.float64) for start in (0, 1))
     for mean, reference in zip(np.load(tmp_path / "means.npy"), ((even + odd) / 2, even, odd), strict=True):

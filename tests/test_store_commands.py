@@ -17,7 +17,7 @@ from store_worker import LAYERS, MODEL, capture, make_row, make_rows, new_store,
 
 from jobs.cli import build_parser, main
 from jobs.store import run
-from store.activations import ModelStore
+from store.activations import ActivationStore, ModelStore
 from store.errors import DamageError, MissingDataError
 from store.layers import spell_ranges
 from store.rows import Row

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -324,48 +319,7 @@ def test_the_verify_command_repairs_one_block(model: ModelStore, tmp_path: Path,
     assert [block.block for block in capture(model, ASKED)] == [3]
 
 
-# -- kills and rivals --------------------------------------------------------------------------------------------
-
-
-def start(store: Path, writer: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), str(store), writer],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def wait_until_ready(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-
-
-def finish(process: subprocess.Popen[str]) -> list[str]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.close()
-    lines = process.stdout.read().splitlines()
-    process.stdout.close()
-    process.wait(timeout=60)
-    return lines
-
-
-def files(store: Path) -> dict[str, bytes]:
-    """Return what a store holds, without lock files and what a killed writer left behind."""
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in store.rglob("*")
-        if path.is_file() and "locks" not in path.parts and not path.name.endswith(".partial")
-    }
+# -- what is committed stays ------------------------------------------------------------------------------------
 
 
 def committed_files(model: ModelStore) -> dict[str, tuple[int, int]]:
@@ -378,69 +332,6 @@ def committed_files(model: ModelStore) -> dict[str, tuple[int, int]]:
                 status = path.stat()
                 found[str(path)] = (status.st_ino, status.st_mtime_ns)
     return found
-
-
-def test_ten_kills_change_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    rows = make_rows(48)
-    asked = request(rows, ("resid_post", "mlp_out"), range(LAYERS), ("prompt_end", "response_avg"))
-    for name in ("killed", "whole"):
-        model = new_store(str(tmp_path / name))
-        assert len(model.create(model.work([asked], block_rows=2))) == 24
-    for block in model.work([asked]).pending:
-        write(model, block)
-
-    rng = random.Random(15)
-    killed = ActivationStore.open(str(tmp_path / "killed")).model(MODEL)
-    before: dict[str, tuple[int, int]] = {}
-    *workers, last = [start(tmp_path / "killed") for _ in range(11)]  # each begins when it is told to
-    for process in workers:
-        wait_until_ready(process)
-        assert process.stdout is not None
-        go(process)
-        for _ in range(rng.choice((0, 1, 1, 2))):
-            process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        finish(process)
-        assert process.returncode == -signal.SIGKILL
-        now = committed_files(killed)
-        assert before.items() <= now.items()  # nothing committed was written again
-        assert killed.verify() == []
-        before = now
-    assert 0 < len(before) < 24 * 3
-    wait_until_ready(last)
-    go(last)
-    assert len(finish(last)) == 24 - len(before) // 3
-    assert last.returncode == 0
-    assert before.items() <= committed_files(killed).items()
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert killed.work([asked]).rows_to_capture == 0
-
-
-def test_of_two_writers_each_block_is_committed_by_one(tmp_path: Path) -> None:
-    rows = make_rows(60)
-    asked = request(rows)
-    model = new_store(str(tmp_path))
-    model.create(model.work([asked], block_rows=3))
-    writers = {name: start(tmp_path, name) for name in ("first", "second")}
-    for process in writers.values():
-        wait_until_ready(process)
-    for process in writers.values():
-        go(process)
-    won = {}
-    for name, process in writers.items():
-        lines = [line.split() for line in finish(process)]
-        assert process.returncode == 0
-        won[name] = {int(block.rpartition("/")[2]) for block, mine in lines if mine == "1"}
-    assert not won["first"] & won["second"]
-    assert won["first"] | won["second"] == set(range(20))
-    (generation,) = model.generations()
-    for name, blocks in won.items():
-        assert {generation.commit_record(block).provenance["writer"] for block in blocks} <= {name}
-    assert model.verify() == []
-    read = model.select([row.key for row in rows], "resid_post", "prompt_end").to_numpy()
-    reference = [np.stack([truth(row, "resid_post", layer, "prompt_end") for layer in range(LAYERS)]) for row in rows]
-    np.testing.assert_array_equal(read, np.stack(reference))
 
 
 def test_a_committed_block_is_not_written_again(model: ModelStore) -> None:

