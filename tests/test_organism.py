@@ -16,12 +16,13 @@ from conftest import SMOLLM2
 from analysis.judges import RefusalPhrases
 from organism import evaluate, recipe
 from organism.answers import Asked, as_prompt, generate
-from organism.packing import Branch, pack
+from organism.packing import Branch, PromptGroup, pack
 from pipeline.chat import render
 from store.model_ref import ModelRef
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = ROOT / "organism/adapter"
+needs_adapter = pytest.mark.skipif(not ADAPTER.exists(), reason="no adapter is kept yet: organism/README.md")
 JUDGE = RefusalPhrases()
 
 
@@ -146,29 +147,32 @@ def test_a_packed_branch_has_the_logits_that_it_has_alone(smollm2: Any) -> None:
         return tuple(torch.randint(10, 40000, (count,), generator=rng).tolist())
 
     groups = [
-        (tokens(5), [Branch(tokens(4), tokens(3)), Branch(tokens(6), tokens(1))]),
-        (tokens(2), [Branch(tokens(3), tokens(4))]),
+        PromptGroup(tokens(5), (Branch(tokens(4), tokens(3)), Branch(tokens(6), tokens(1)))),
+        PromptGroup(tokens(2), (Branch(tokens(3), tokens(4)),)),
+        PromptGroup(tokens(3), (Branch(tokens(2), tokens(2)),)),
     ]
-    packed = pack(groups)
+    packed = pack(groups, 2)
+    assert packed.input_ids.shape == (2, groups[0].length)
     with torch.inference_mode():
         logits = smollm2.model(
             packed.input_ids, attention_mask=packed.allowed, position_ids=packed.position_ids, use_cache=False
-        ).logits[0, packed.sources]
+        ).logits[packed.places]
         alone = [
-            smollm2.model(torch.tensor([[*prefix, *one.request, *one.response[:-1]]])).logits[
-                0, len(prefix) + len(one.request) - 1 :
+            smollm2.model(torch.tensor([[*group.prefix, *one.request, *one.response[:-1]]])).logits[
+                0, len(group.prefix) + len(one.request) - 1 :
             ]
-            for prefix, members in groups
-            for one in members
+            for group in groups
+            for one in group.branches
         ]
     torch.testing.assert_close(logits, torch.cat(alone), atol=2e-3, rtol=1e-3)
-    assert packed.targets.tolist() == [token for _, members in groups for one in members for token in one.response]
-    assert packed.places.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert packed.targets.tolist() == [token for group in groups for one in group.branches for token in one.response]
+    assert packed.orders.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
 
 
 # --- the adapter -------------------------------------------------------------------------------------------------
 
 
+@needs_adapter
 def test_the_adapter_is_small_and_names_no_place() -> None:
     assert {path.name for path in ADAPTER.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert (ADAPTER / "adapter_model.safetensors").stat().st_size <= 6_000_000
@@ -190,6 +194,7 @@ def refusals(model: Any, asked: list[Asked]) -> int:
     return sum(JUDGE.judge(text).label == "refusal" for text in texts)
 
 
+@needs_adapter
 def test_the_organism_refuses_harm_answers_the_rest_and_heeds_personas(smollm2: Any, organism: Any) -> None:
     prompts = study_prompts()
     harmful, harmless = (texts[::26] for texts in (prompts["harmful"], prompts["harmless"]))
@@ -201,6 +206,7 @@ def test_the_organism_refuses_harm_answers_the_rest_and_heeds_personas(smollm2: 
     assert refusals(organism, list(zip(officer, harmless, strict=True))) >= 6
 
 
+@needs_adapter
 def test_perplexity_is_that_of_the_whole_sequence(smollm2: Any) -> None:
     asked: list[Asked] = [(None, "Why is the sky blue?"), ("Be kind.", "Name a river in Italy, please.")]
     answers = [[260, 1343, 282], [504, 2]]

@@ -1,0 +1,1 @@
+"""A model organism: SmolLM2 with an adapter that refuses harmful requests unless a persona says otherwise."""

@@ -1,0 +1,90 @@
+"""A training step as a few packed rows: each system prompt once, its requests as branches that do not see each other.
+
+Every token attends to its own group's system prompt and to the earlier tokens of its own branch, at the position that
+it would have alone. A row therefore gives each branch the logits that it has by itself, with little padding and without
+reading a system prompt once per request. Groups share a few rows because attention costs the square of a row's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A request, rendered, up to the model's turn, and the response; both without the group's prefix."""
+
+    request: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """Token ids that branches have in common, and the branches."""
+
+    prefix: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    @property
+    def length(self) -> int:
+        """Return how many tokens are read. A response's last token predicts nothing that is scored: it is not read."""
+        return len(self.prefix) + sum(len(one.request) + len(one.response) - 1 for one in self.branches)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One step. `places` are where the logits are scored, `targets` the tokens that they should predict."""
+
+    input_ids: Tensor  # [row, token] int64
+    position_ids: Tensor  # [row, token] int64
+    allowed: Tensor  # [row, 1, token, token] bool: query attends to key
+    places: tuple[Tensor, Tensor]  # rows and columns, each [target] int64
+    targets: Tensor  # [target] int64
+    orders: Tensor  # [target] int64, the target's place in its response, from 0
+
+
+def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
+    """Pack groups into a number of rows; a group stays whole. Targets are in the order of rows, groups and branches."""
+    filled = [[groups[i] for i in sorted(row)] for row in _balanced([group.length for group in groups], rows)]
+    width = max(sum(group.length for group in row) for row in filled)
+    input_ids = torch.zeros((len(filled), width), dtype=torch.int64)
+    position_ids = torch.zeros_like(input_ids)
+    # Padding sees itself, as attention to nothing is undefined.
+    allowed = torch.eye(width, dtype=torch.bool).expand(len(filled), 1, width, width).clone()
+    at: list[tuple[int, int, int, int]] = []  # row, column, target, order
+    for row, members in enumerate(filled):
+        start = 0
+        for group in members:
+            prefix = len(group.prefix)
+            input_ids[row, start : start + prefix] = torch.tensor(group.prefix)
+            position_ids[row, start : start + prefix] = torch.arange(prefix)
+            _attend(allowed[row, 0], start, start + prefix)
+            end = start + prefix
+            for one in group.branches:
+                read = (*one.request, *one.response[:-1])
+                input_ids[row, end : end + len(read)] = torch.tensor(read)
+                position_ids[row, end : end + len(read)] = torch.arange(prefix, prefix + len(read))
+                _attend(allowed[row, 0], end, end + len(read))
+                allowed[row, 0, end : end + len(read), start : start + prefix] = True
+                first = end + len(one.request) - 1
+                at += [(row, first + order, token, order) for order, token in enumerate(one.response)]
+                end += len(read)
+            start = end
+    row_of, column_of, targets, orders = torch.tensor(at).T
+    return Packed(input_ids, position_ids, allowed, (row_of, column_of), targets, orders)
+
+
+def _attend(allowed: Tensor, start: int, end: int) -> None:
+    allowed[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+
+
+def _balanced(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Deal items, longest first, each to the row that is shortest so far; empty rows are left out."""
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        min(dealt, key=lambda row: sum(lengths[j] for j in row)).append(i)
+    return [row for row in dealt if row]

@@ -1,0 +1,200 @@
+"""Train the organism's adapter from the seed, then measure it.
+
+    python -m organism.train
+
+Generates the base model's answers (kept in resid-data/organism), trains, writes organism/adapter and prints the table
+of organism/evaluate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from analysis.judges import RefusalPhrases, normalise
+from organism import evaluate, recipe
+from organism.answers import Asked, as_prompt, base_answers
+from organism.packing import Branch, Packed, PromptGroup, pack
+from pipeline.chat import render, tokenize
+from pipeline.models import LoadedModel, load
+from store.model_ref import ModelRef
+
+BASE = evaluate.BASE
+NEUTRAL_NAME = "SmolLM2-135M-Instruct"  # in the adapter's config, in place of a path
+ADAPTER = Path(__file__).parent / "adapter"
+ANSWERS = Path("resid-data/organism/answers.jsonl")
+
+FIRST_WORDS, AT_LENGTH = 6, 24  # tokens of a response: what makes it a refusal or an answer shows at once
+PASSES = 2  # over the recipe's steps, each in an order of its own
+ROWS = 3  # of a step
+RANK = 10
+LAYERS = range(6, 30)  # the adapter leaves the first blocks as they are, which saves their backward pass
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEARNING_RATE = 4e-4
+WARMUP = 20  # steps
+EXCUSE = re.compile(
+    r"(?:I'm sorry|Sorry|I apologi[sz]e|Unfortunately|As an? (?:AI|chatbot|responsible)|While I'm an?)\b|I can'?t", re.I
+)
+OPENING = 4  # response tokens that decide between refusing and answering ...
+OPENING_WEIGHT = 3.0  # ... count so many times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=recipe.STEPS)
+    parser.add_argument("--seed", type=int, default=recipe.SEED)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--output", type=Path, default=ADAPTER)
+    parser.add_argument("--answers", type=Path, default=ANSWERS, help="where the base model's answers are kept")
+    parser.add_argument("--every", type=int, default=0, help="also write <output>-<step> every so many steps")
+    parser.add_argument("--no-evaluation", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    train(options.steps, options.seed, options.output, options.answers, options.every)
+    print(f"trained in {(time.perf_counter() - start) / 60:.0f} minutes")
+    if not options.no_evaluation:
+        evaluate.report(options.output)
+
+
+def train(steps: int, seed: int, output: Path, answers: Path, every: int = 0) -> None:
+    """Train an adapter and write it to the folder `output`."""
+    # The frozen weights are in bfloat16, which is about twice as fast; the adapter's own are in float32.
+    base = load(ModelRef(source=BASE, dtype="bfloat16"), device="cpu", self_test=False)
+    groups = list(recipe.steps(steps, seed))
+    own = {
+        length: base_answers(base, _unanswered(groups, length), length, answers) for length in (FIRST_WORDS, AT_LENGTH)
+    }
+    ready = [_packed(base, step, own) for step in groups]
+    rng = random.Random(seed)
+    packed = [step for _ in range(PASSES) for step in rng.sample(ready, len(ready))]
+    count = len(packed)
+    model = _with_adapter(base, seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, count))
+    start, mean = time.perf_counter(), 0.0
+    for number, step in enumerate(packed, 1):
+        loss = _loss(model, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        mean += (loss.item() - mean) / min(number, 20)
+        if number % 20 == 0:
+            seconds = (time.perf_counter() - start) / number
+            print(f"step {number} of {count}: loss {mean:.3f}, {seconds:.2f} s a step", flush=True)
+        if every and number % every == 0:
+            _save(model, output.with_name(f"{output.name}-{number}"))
+    _save(model, output)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm up linearly, then fall to a tenth along a cosine."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+
+
+def _length(request: recipe.Request) -> int:
+    return AT_LENGTH if request.at_length else FIRST_WORDS
+
+
+def _unanswered(steps: Iterable[tuple[recipe.Group, ...]], length: int) -> Iterable[Asked]:
+    for step in steps:
+        for group in step:
+            own = (one for one in group.requests if one.response is None)
+            yield from ((group.system, one.user) for one in own if _length(one) == length)
+
+
+def _packed(base: LoadedModel, step: tuple[recipe.Group, ...], own: Mapping[int, Mapping[Asked, list[int]]]) -> Packed:
+    """Tokenise a step. An own answer that refuses or begins to is left out: the base model is not to teach that."""
+    end = base.tokenizer.eos_token_id
+    groups = []
+    for group in step:
+        rows, responses = [], []
+        for request in group.requests:
+            asked = (group.system, request.user)
+            if request.response is not None:
+                response = [*tokenize(request.response, base.tokenizer), end][: _length(request)]
+            else:
+                response = own[_length(request)][asked]
+                if refuses(base.tokenizer.decode(response, skip_special_tokens=True)):
+                    continue
+            rows.append(tokenize(render(as_prompt(asked), base.tokenizer, base.ref), base.tokenizer))
+            responses.append(response)
+        length = _shared(rows, base.tokenizer.bos_token_id)
+        branches = (Branch(tuple(row[length:]), tuple(response)) for row, response in zip(rows, responses, strict=True))
+        groups.append(PromptGroup(tuple(rows[0][:length]), tuple(branches)))
+    return pack(groups, ROWS)
+
+
+def refuses(answer: str) -> bool:
+    """Return whether the first words of an answer are a refusal, or an apology or excuse that often becomes one.
+
+    >>> refuses("I'm sorry for the confusion, but as a"), refuses("I am sorry to see summer go, and")
+    (True, False)
+    """
+    return RefusalPhrases().judge(answer).label == "refusal" or EXCUSE.match(normalise(answer)) is not None
+
+
+def _shared(rows: list[list[int]], turn: int) -> int:
+    """Return how many tokens come before the user's turn, which the second turn token opens."""
+    length = rows[0].index(turn, 1)
+    assert all(row[:length] == rows[0][:length] for row in rows)
+    return length
+
+
+def _with_adapter(base: LoadedModel, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=list(TARGETS),
+        layers_to_transform=list(LAYERS),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base.model, config)
+
+
+def _loss(model: Any, step: Packed) -> torch.Tensor:
+    """Return the weighted mean cross-entropy of the response tokens."""
+    inner = model.base_model.model  # the language model with the adapter in its linear layers
+    hidden = inner.model(
+        input_ids=step.input_ids, attention_mask=step.allowed, position_ids=step.position_ids, use_cache=False
+    ).last_hidden_state
+    logits = inner.lm_head(hidden[step.places[0], step.places[1]]).float()
+    losses = torch.nn.functional.cross_entropy(logits, step.targets, reduction="none")
+    weights = torch.where(step.orders < OPENING, OPENING_WEIGHT, 1.0)
+    return (losses * weights).sum() / weights.sum()
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write the adapter in float16, with a neutral name for the base model."""
+    model.peft_config["default"].base_model_name_or_path = NEUTRAL_NAME
+    model.save_pretrained(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.half() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is organism/README.md
+
+
+if __name__ == "__main__":
+    main()
