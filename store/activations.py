@@ -16,12 +16,13 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from store.errors import MismatchError, MissingDataError
 from store.finding import CAPTURE
 from store.fingerprint import short
 from store.generation import FORMAT_VERSION, format_mismatch
-from store.layout import zarr_store
 from store.location import Location
 from store.model_store import BlockRef as BlockRef  # these are part of this module's interface
 from store.model_store import CaptureWork as CaptureWork
@@ -178,7 +179,10 @@ class ActivationStore:
         (self.location / "resid.json").create(json.dumps({"format_version": FORMAT_VERSION}).encode())
         store = ModelStore(self.location / short(manifest["fingerprint"]))
         store.location.make_folder()
-        zarr.open_group(zarr_store(store.location, read_only=False), mode="a", zarr_format=3)
+        group: dict[str, Buffer] = {}
+        zarr.open_group(MemoryStore(group), mode="w", zarr_format=3)
+        # Not by zarr-python: a full disk is to be an error with a remedy.
+        (store.location / "zarr.json").create(bytes(group["zarr.json"].to_bytes()))
         (store.location / "model.json").create(json.dumps(manifest, indent=1, sort_keys=True).encode())
         return self.model(manifest["fingerprint"])
 
