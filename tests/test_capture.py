@@ -24,9 +24,10 @@ from pipeline.capture import BATCH_BOUND, CaptureEngine
 from pipeline.chat import prompt_row
 from pipeline.models import LoadedModel
 from store.generation import GenerationPlan
+from store.layout import ragged_blocks
 from store.prompts import Message, Prompt
 from store.rows import Row
-from store.sites import COMPONENTS, Site
+from store.sites import ALL_TOKENS, COMPONENTS, Site
 
 POSITIONS = ("prompt_end", "response_start", "response_avg", "token:3", "token:-1")
 LENGTHS = ((5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4))  # prompt, response
@@ -46,6 +47,13 @@ def plan_of(model: LoadedModel, **changes: Any) -> GenerationPlan:
         "block_rows": 1,
     }
     return GenerationPlan(**{**defaults, **changes})
+
+
+def plan_of_all_tokens(model: LoadedModel, rows: Sequence[Row], **changes: Any) -> GenerationPlan:
+    lengths = [row.spans.response_end for row in rows]
+    dtype = str(model.dtype).removeprefix("torch.")
+    blocks = ragged_blocks(lengths, None, model.architecture.d_model, dtype)
+    return plan_of(model, positions=(ALL_TOKENS,), n_rows=len(rows), **blocks, **changes)
 
 
 @torch.inference_mode()
@@ -126,6 +134,81 @@ def test_neighbouring_sites_agree_and_the_last_one_is_before_the_final_norm(fami
     ids = torch.tensor([rows[0].token_ids])
     normed = model.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, 0].numpy()
     assert not np.allclose(values["resid_post"][0, -1, 1], normed, rtol=0.01)
+
+
+def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[int]) -> float:
+    """Compare every token at every site with unbatched passes; return the largest relative deviation of a vector."""
+    plan = plan_of_all_tokens(model, rows)
+    alone = [unbatched(model, row) for row in rows]
+    worst = 0.0
+    for budget in budgets:
+        values = CaptureEngine(model, budget).run(rows, plan)
+        averages = CaptureEngine(model, budget).run(rows, plan_of(model, positions=("response_avg",)))
+        for component in plan.components:
+            found = values[component]
+            assert found.shape == (sum(row.spans.response_end for row in rows), len(plan.layers), plan.d_model)
+            end = 0
+            for index, row in enumerate(rows):
+                start, end = end, end + row.spans.response_end
+                for at, layer in enumerate(plan.layers):
+                    expected = alone[index][Site(component, layer)]
+                    got = torch.from_numpy(found[start:end, at])
+                    difference = (got - expected).abs().amax(1) / expected.abs().amax(1)
+                    # The mean of the tokens that are stored is the average that the slow reference computes.
+                    mean = found[start + row.spans.prompt_length : end, at].mean(axis=0, dtype=np.float32)
+                    average = at_position(expected, row, "response_avg").numpy()
+                    scale = np.abs(average).max()
+                    np.testing.assert_allclose(mean, average, rtol=0, atol=BATCH_BOUND * scale)
+                    np.testing.assert_allclose(
+                        averages[component][index, at, 0], mean, rtol=0, atol=BATCH_BOUND * scale
+                    )
+                    worst = max(worst, float(difference.max()))
+    return worst
+
+
+def test_all_tokens_are_those_of_an_unbatched_forward_pass(family: str) -> None:
+    assert check_all_tokens(tiny(family), random_rows(LENGTHS), (1, 30, 10_000)) < BATCH_BOUND
+
+
+def test_all_tokens_of_a_real_model_are_those_of_an_unbatched_forward_pass(smollm2: LoadedModel) -> None:
+    worst = check_all_tokens(smollm2, real_rows(smollm2, 6), (1, 4096))
+    print(f"largest relative deviation of a token: {worst:.1e}")
+    assert worst < BATCH_BOUND
+
+
+def test_a_position_has_the_bits_of_its_token_among_all_tokens(family: str) -> None:
+    # The same batches: what is gathered differs, what is computed does not.
+    model, rows = tiny(family), random_rows(LENGTHS)
+    positions = ("prompt_end", "response_start", "token:3", "token:-1")
+    named = CaptureEngine(model, 40).run(rows, plan_of(model, positions=positions))
+    tokens = CaptureEngine(model, 40).run(rows, plan_of_all_tokens(model, rows))
+    first = np.cumsum([0, *(row.spans.response_end for row in rows)])
+    for component in COMPONENTS:
+        for index, row in enumerate(rows):
+            for p, position in enumerate(positions):
+                token = first[index] + row.spans.token_range(position)[0]
+                np.testing.assert_array_equal(tokens[component][token], named[component][index, :, p])
+
+
+def test_all_tokens_come_in_the_order_of_the_rows_whatever_the_batches() -> None:
+    model, rows = tiny("llama"), random_rows([(9, 3), (2, 0), (5, 5), (1, 0), (12, 1), (2, 2)])
+    plan = plan_of_all_tokens(model, rows, components=("resid_pre",), layers=(0,))
+    embeddings = model.model.get_input_embeddings()(torch.tensor([t for row in rows for t in row.token_ids]))
+    for budget in (1, 14, 10_000):
+        found = CaptureEngine(model, budget).run(rows, plan)["resid_pre"]
+        np.testing.assert_array_equal(found[:, 0], embeddings.numpy())
+
+
+def test_out_of_memory_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny("qwen2"), random_rows([(5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4)] * 2, seed=2)
+    plan = plan_of_all_tokens(model, rows)
+    whole = CaptureEngine(model, 1).run(rows, plan)
+    tried = limit_tokens(monkeypatch, model, 40)
+    values = CaptureEngine(model, 10_000).run(rows, plan)
+    assert any(a * b > 40 for a, b in tried)
+    for component in COMPONENTS:
+        scale = np.abs(whole[component]).max(axis=-1, keepdims=True)
+        assert (np.abs(values[component] - whole[component]) <= BATCH_BOUND * scale).all()
 
 
 def real_rows(model: LoadedModel, n: int) -> list[Row]:
