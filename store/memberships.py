@@ -85,8 +85,8 @@ class Memberships:
             if not table.schema.equals(SCHEMA):
                 raise ValueError(f"its columns are {', '.join(table.schema.names)}")
             # Pages have checksums of their own; Parquet's footer, which says how many rows there are, has none.
-            known = (table.schema.metadata or {}).get(b"sha256")
-            if known is not None and known.decode() != _content(table, _study_file(table)):
+            known = (table.schema.metadata or {}).get(b"sha256", b"")
+            if known.decode() != _content(table, _study_file(table)):
                 raise ValueError("its rows are not those that were written")
         except FileNotFoundError:
             raise MissingDataError(f"study {study!r} has captured nothing of this model") from None
