@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# What refers to an array that only a pool holds: the pool's list, the loop's variable, getrefcount's argument.
-_UNUSED = 3
+
+def _references_of_an_unused_array() -> int:
+    """Count as `Pool.take` does: how many references a loop and a call hold differs between versions of Python."""
+    for base in [np.empty(1, dtype=np.uint8)]:
+        return sys.getrefcount(base)
+    raise AssertionError
+
+
+_UNUSED = _references_of_an_unused_array()
 
 
 class Pool(threading.local):
