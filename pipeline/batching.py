@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a forward pass costs beyond its tokens, in tokens: passes this much shorter than the budget are worth it if they
-# save more padding than that.
-PASS_TOKENS = 32
+# What a forward pass costs beyond its tokens, in tokens: on a core the weights that it reads and some Python, on a GPU
+# the launch of its kernels.
+PASS_TOKENS, DEVICE_PASS_TOKENS = 32, 256
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def pad(sequences: Sequence[Sequence[int]], *, side: str, pad_id: int, device: t
     return Batch(input_ids.to(device), mask.to(device), positions.to(device), starts, lengths)
 
 
-def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def by_token_budget(lengths: Sequence[int], budget: int, pass_tokens: int = PASS_TOKENS) -> list[list[int]]:
     """Group row indices, sorted by length, into batches of at most `budget` padded tokens; a longer row goes alone.
 
-    Of all ways to cut the sorted rows, the one with the least padding, where a pass counts as `PASS_TOKENS` of it.
+    Of all ways to cut the sorted rows, the one with the least padding, where a pass counts as `pass_tokens` of it.
     """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     ascending = np.array([lengths[index] for index in order], dtype=np.int64)
@@ -53,7 +53,7 @@ def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
         first = end - max(1, min(end, budget // longest))
         costs = least[first:end] + longest * np.arange(end - first, 0, -1)
         best = int(costs.argmin())
-        least[end], cut[end] = costs[best] + PASS_TOKENS, first + best
+        least[end], cut[end] = costs[best] + pass_tokens, first + best
     batches: list[list[int]] = []
     end = len(order)
     while end:

@@ -7,9 +7,11 @@ padded batches of like length, those behind others after them. See `pipeline.pre
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.batching import by_token_budget, ran_out_of_memory, release_memory
+from pipeline.batching import DEVICE_PASS_TOKENS, PASS_TOKENS, by_token_budget, ran_out_of_memory, release_memory
 from pipeline.gathering import Wanted
 from pipeline.hooks import on_sites, stop_after
 from pipeline.models import LoadedModel
 from pipeline.prefix_cache import Past, inputs_of
 from pipeline.prefix_proof import rotary_limit, shares_prefixes
 from pipeline.prefix_tree import Segment, prefix_tree, unshared
+from pipeline.token_budget import TokenBudget, budget_file
 from store.generation import GenerationPlan
 from store.rows import Row
 from store.sites import Site
@@ -34,23 +37,27 @@ from store.sites import Site
 # and two threads): at most 2.1e-6 in the residual stream and 7.8e-6 in attn_out and mlp_out.
 BATCH_BOUND = 5e-5
 
-# On a CPU larger passes fall out of its caches: SmolLM2, 64 prompts, one core: 5.4 rows/s at 512 tokens, 3.4 at 4096.
-CPU_TOKENS, DEVICE_TOKENS = 512, 4096
-# What a segment that others stand behind has to save to be worth a pass, in tokens.
-SEGMENT_TOKENS = 32
-
 
 class CaptureEngine:
     """Runs a model over rows and returns their activations, whatever the batch they happen to share.
 
-    Batches are sorted by length under a token budget (None: what suits the device). Out of memory halves the budget
-    and the batch is run again; the lower budget stays. Only the wanted positions leave the device.
+    Batches are sorted by length under a token budget (None: measured on the first passes and, given a folder, kept
+    there). Out of memory halves the budget and the batch is run again; the lower budget stays. Only the wanted
+    positions leave the device.
     """
 
-    def __init__(self, model: LoadedModel, token_budget: int | None = None, share_prefixes: bool = True):
-        default = CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
-        self.model, self.token_budget = model, default if token_budget is None else token_budget
-        self.share_prefixes = share_prefixes
+    def __init__(
+        self,
+        model: LoadedModel,
+        token_budget: int | None = None,
+        share_prefixes: bool = True,
+        remember: Path | None = None,
+    ):
+        self.model, self.share_prefixes = model, share_prefixes
+        file = None if remember is None else budget_file(remember, model, "modules")
+        self.budget = TokenBudget(model.device, token_budget, file)
+        # What a pass costs beyond its tokens, and so what a segment with others behind it has to save.
+        self.pass_tokens = PASS_TOKENS if model.device.type == "cpu" else DEVICE_PASS_TOKENS
 
     def run(self, rows: Sequence[Row], plan: GenerationPlan) -> dict[str, npt.NDArray[Any]]:
         """Capture rows.
@@ -82,7 +89,7 @@ class CaptureEngine:
         together = [i for i in range(len(lengths)) if lengths[i] <= limit]
         if together:
             sequences, shareable = [wanted.sequences[i] for i in together], wanted.shareable()
-            roots = prefix_tree(sequences, [shareable[i] for i in together], SEGMENT_TOKENS)
+            roots = prefix_tree(sequences, [shareable[i] for i in together], self.pass_tokens)
             if not self.share_prefixes or (any(root.children for root in roots) and not shares_prefixes(self.model)):
                 roots = unshared(sequences)
             _renumber(roots, together)
@@ -95,15 +102,17 @@ class CaptureEngine:
 
     def _run_tree(self, roots: list[Segment], wanted: Wanted, plan: GenerationPlan, out: dict[str, Tensor]) -> None:
         """Run segments after those that they stand behind. Keys and values are kept for one pass of each depth."""
-        stack = [_Level(roots, None, self.token_budget)]
+        stack = [_Level(roots, None)]
         while stack:
             level = stack[-1]
             if not level.batches:
                 stack.pop()
                 continue
-            if level.budget != self.token_budget:
-                level.cut(self.token_budget)
+            if level.budget != self.budget.tokens:
+                level.cut(self.budget.tokens, self.pass_tokens)
             segments = level.batches[0]
+            padded = len(segments) * max(len(segment.tokens) for segment in segments)
+            started = time.perf_counter()
             try:
                 past = self._forward(segments, level.past, wanted, plan, out)
             except (RuntimeError, MemoryError) as error:
@@ -115,13 +124,15 @@ class CaptureEngine:
                     ) from error
             else:
                 level.batches.pop(0)
+                real = sum(len(segment.tokens) for segment in segments)
+                self.budget.passed(level.budget, padded, real, time.perf_counter() - started)
                 if past is not None:
-                    stack.append(_Level([c for segment in segments for c in segment.children], past, self.token_budget))
+                    children = [child for segment in segments for child in segment.children]
+                    stack.append(_Level(children, past))
                 continue
             # Out of the handler: the error's traceback held the failed pass's tensors.
             release_memory(self.model.device)
-            padded = len(segments) * max(len(segment.tokens) for segment in segments)
-            self.token_budget = max(1, min(self.token_budget, padded) // 2)
+            self.budget.failed(padded)
 
     @torch.inference_mode()
     def _forward(
@@ -159,19 +170,18 @@ class _Level:
 
     waiting: list[Segment]
     past: Past | None
-    budget: int
+    budget: int = 0  # that the batches were cut for; 0: not yet
 
     def __post_init__(self) -> None:
         self.batches = [self.waiting]
-        self.cut(self.budget)
 
-    def cut(self, budget: int) -> None:
+    def cut(self, budget: int, pass_tokens: int) -> None:
         """Batch anew what is left: first the segments that others stand behind, whose passes keep keys and values."""
         left = [segment for batch in self.batches for segment in batch]
         self.budget, self.batches = budget, []
         for keep in (True, False):
             some = [segment for segment in left if bool(segment.children) is keep]
-            groups = by_token_budget([len(segment.tokens) for segment in some], budget)
+            groups = by_token_budget([len(segment.tokens) for segment in some], budget, pass_tokens)
             self.batches += [[some[i] for i in group] for group in groups]
 
 

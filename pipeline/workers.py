@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.capture import CaptureEngine
+from pipeline.gguf_files import cache_folder
 from pipeline.models import LoadedModel, load
 from pipeline.replay import Job, Output, ReplayEngine
 from store.activations import ActivationStore, BlockRef
@@ -54,7 +55,7 @@ class CaptureWorker:
     ):
         self.store = ActivationStore.open(Location.of(store)).model(fingerprint)
         self.model = _load(ref, fingerprint)
-        self.engine = CaptureEngine(self.model, token_budget)
+        self.engine = CaptureEngine(self.model, token_budget, remember=cache_folder())
         self.provenance = dict(provenance)
         self._generations: dict[str, Generation] = {}  # their row tables are read once
         write_receipt(self.store.location, self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from slow_reference import blocks, random_rows, tiny
 from tiny_models import LAYERS, tiny_model
 
 from pipeline.architecture import find_architecture
-from pipeline.batching import by_token_budget, pad
+from pipeline.batching import by_token_budget, pad, ran_out_of_memory
 from pipeline.capture import BATCH_BOUND, CaptureEngine
 from pipeline.models import LoadedModel
 from store.rows import Row
@@ -224,7 +224,13 @@ def test_fewer_layers_give_the_same_bits_and_later_blocks_do_not_run(family: str
         np.testing.assert_array_equal(some[component], everything[component][:, :2])
 
 
-def limit_tokens(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int) -> list[tuple[int, ...]]:
+def exhausted_device() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def limit_tokens(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int, fail: Callable[[], Any] = exhausted_device
+) -> list[tuple[int, ...]]:
     """Let forward passes of more than `limit` padded tokens run out of memory; return the list of shapes tried."""
     tried: list[tuple[int, ...]] = []
     base: Any = model.architecture.base
@@ -234,7 +240,7 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int
         shape = tuple(kwargs["input_ids"].shape)
         tried.append(shape)
         if shape[0] * shape[1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            fail()
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(base, "forward", limited)
@@ -250,7 +256,7 @@ def test_out_of_memory_halves_the_token_budget_and_goes_on(monkeypatch: pytest.M
     failed = [a * b for a, b in tried if a * b > 60]
     assert failed[0] > 2 * 60
     assert all(after <= before / 2 for before, after in itertools.pairwise(failed))
-    assert engine.token_budget == failed[-1] // 2
+    assert engine.budget.tokens == failed[-1] // 2
     assert sum(shape[0] for shape in tried if shape[0] * shape[1] <= 60) == len(rows)
     assert max(deviations(values, rows, plan, model)) < BATCH_BOUND
     tried.clear()
@@ -285,6 +291,35 @@ def test_tokens_after_the_response_are_not_part_of_the_row() -> None:
     plan = plan_of(model)
     a, b = (CaptureEngine(model).run([r], plan)["resid_post"] for r in (row, longer))
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_failed_allocation_of_the_cpu_is_out_of_memory_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Used to happen: torch gives the CPU's allocator no error class of its own, so a capture ended instead of halving.
+    def exhausted() -> Any:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(RuntimeError) as found:
+        exhausted()
+    assert ran_out_of_memory(found.value)
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    for other in (RuntimeError("shared memory file was truncated"), ValueError("DefaultCPUAllocator: memory")):
+        assert not ran_out_of_memory(other)
+    model, rows = tiny("qwen2"), random_rows(LENGTHS * 2, seed=2)
+    tried = limit_tokens(monkeypatch, model, 40, exhausted)
+    values = CaptureEngine(model, 10_000).run(rows, plan_of(model))
+    assert any(a * b > 40 for a, b in tried)
+    assert max(deviations(values, rows, plan_of(model), model)) < BATCH_BOUND
+    with pytest.raises(torch.OutOfMemoryError, match="a row of 41 tokens does not fit"):
+        CaptureEngine(model).run(random_rows([(40, 1)]), plan_of(model))
+
+    def broken() -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    limit_tokens(monkeypatch, model, 40, broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        CaptureEngine(model, 10_000).run(rows, plan_of(model))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300))

@@ -72,7 +72,7 @@ def computed(passes: Sequence[Sequence[Segment]]) -> int:
 def test_rows_that_begin_alike_are_what_they_are_alone(
     family: str, monkeypatch: pytest.MonkeyPatch, passes: list[list[Segment]]
 ) -> None:
-    monkeypatch.setattr(capture, "SEGMENT_TOKENS", 1)  # every common start that saves a token
+    monkeypatch.setattr(capture, "PASS_TOKENS", 1)  # every common start that saves a token
     model, rows = tiny(family), rows_alike()
     plan = plan_of(model)
     worst = {}
@@ -89,7 +89,7 @@ def test_rows_that_begin_alike_are_what_they_are_alone(
 def test_all_tokens_of_rows_that_begin_alike_are_those_of_the_rows_alone(
     family: str, monkeypatch: pytest.MonkeyPatch, passes: list[list[Segment]]
 ) -> None:
-    monkeypatch.setattr(capture, "SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     model, rows = tiny(family), rows_alike(1)
     plan = plan_of_all_tokens(model, rows)
     alone = [unbatched(model, row) for row in rows]
@@ -109,7 +109,7 @@ def test_all_tokens_of_rows_that_begin_alike_are_those_of_the_rows_alone(
 
 
 def test_fewer_layers_of_rows_that_begin_alike_are_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     model, rows = tiny(family), rows_alike()
     everything = CaptureEngine(model, 60).run(rows, plan_of(model))
     for last in range(LAYERS):
@@ -146,7 +146,7 @@ def test_tokens_behind_the_last_one_that_is_wanted_are_not_run(passes: list[list
 
 
 def test_a_row_that_is_not_finite_stays_alone_behind_a_common_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     rows = rows_alike()
     model = tiny("llama")
     counts = {t: [i for i, row in enumerate(rows) if t in row.token_ids] for row in rows for t in row.token_ids}
@@ -284,7 +284,7 @@ def test_rows_that_nest_by_the_hundred_do_not_recurse_without_end() -> None:
 
 
 def test_positions_are_read_in_whichever_segment_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "SEGMENT_TOKENS", 1)
+    monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     model, rows = tiny("gemma3"), rows_alike(3)
     positions = (*POSITIONS, "token:0", "token:8")
     plan = plan_of(model, positions=positions)
