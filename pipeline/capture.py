@@ -1,8 +1,9 @@
 """The capture engine: forward passes that keep a few positions of many sites.
 
-Rows are cut into the segments of a prefix tree, so that a common start goes through the model once; segments are run in
-padded batches of like length, those behind others after them. See `pipeline.prefix_tree` for what is shared,
-`pipeline.prefix_cache` for how, `pipeline.gathering` for what is kept.
+Rows are cut into the segments of a prefix tree, so that a common start goes through the model once; those behind others
+are run after them. Models in the Llama layout take passes without padding where those are known to be right and faster
+(`pipeline.packed_passes`), all others padded batches of like length through transformers' own modules
+(`pipeline.prefix_cache`). See `pipeline.prefix_tree` for what is shared, `pipeline.gathering` for what is kept.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from pipeline.batching import DEVICE_PASS_TOKENS, PASS_TOKENS, by_token_budget, ran_out_of_memory, release_memory
 from pipeline.gathering import Wanted
-from pipeline.hooks import on_sites, stop_after
+from pipeline.lean_llama import why_not
 from pipeline.models import LoadedModel
-from pipeline.prefix_cache import Past, inputs_of
+from pipeline.packed_passes import PackedPass, lean_form, packed_batches
+from pipeline.prefix_cache import PaddedPass
 from pipeline.prefix_proof import rotary_limit, shares_prefixes
 from pipeline.prefix_tree import Segment, prefix_tree, unshared
 from pipeline.token_budget import TokenBudget, budget_file
@@ -51,10 +53,14 @@ class CaptureEngine:
         model: LoadedModel,
         token_budget: int | None = None,
         share_prefixes: bool = True,
+        packed: bool = True,
         remember: Path | None = None,
     ):
         self.model, self.share_prefixes = model, share_prefixes
-        file = None if remember is None else budget_file(remember, model, "modules")
+        self._lean = lean_form(model) if packed else None
+        file = None
+        if remember is not None:
+            file = budget_file(remember, model, "modules" if self._lean is None else "packed")
         self.budget = TokenBudget(model.device, token_budget, file)
         # What a pass costs beyond its tokens, and so what a segment with others behind it has to save.
         self.pass_tokens = PASS_TOKENS if model.device.type == "cpu" else DEVICE_PASS_TOKENS
@@ -70,6 +76,8 @@ class CaptureEngine:
         Raises:
             torch.OutOfMemoryError: if a single row does not fit.
         """
+        if self._lean is not None and why_not(self.model) is not None:
+            self._lean = None  # somebody registered hooks, say, which only the model's own modules would call
         wanted = Wanted(rows, plan)
         # Layer by layer, as it is stored.
         shape = (len(plan.layers), wanted.entries, plan.d_model)
@@ -90,7 +98,7 @@ class CaptureEngine:
         if together:
             sequences, shareable = [wanted.sequences[i] for i in together], wanted.shareable()
             roots = prefix_tree(sequences, [shareable[i] for i in together], self.pass_tokens)
-            if not self.share_prefixes or (any(root.children for root in roots) and not shares_prefixes(self.model)):
+            if not self.share_prefixes or (any(root.children for root in roots) and not self._may_share()):
                 roots = unshared(sequences)
             _renumber(roots, together)
             yield roots
@@ -99,6 +107,9 @@ class CaptureEngine:
             roots = unshared([wanted.sequences[i] for i in rows])
             _renumber(roots, rows)
             yield roots
+
+    def _may_share(self) -> bool:
+        return self._lean is not None or shares_prefixes(self.model)
 
     def _run_tree(self, roots: list[Segment], wanted: Wanted, plan: GenerationPlan, out: dict[str, Tensor]) -> None:
         """Run segments after those that they stand behind. Keys and values are kept for one pass of each depth."""
@@ -109,9 +120,10 @@ class CaptureEngine:
                 stack.pop()
                 continue
             if level.budget != self.budget.tokens:
-                level.cut(self.budget.tokens, self.pass_tokens)
+                level.cut(self.budget.tokens, self._batches)
             segments = level.batches[0]
-            padded = len(segments) * max(len(segment.tokens) for segment in segments)
+            real = sum(len(segment.tokens) for segment in segments)
+            padded = real if self._lean else len(segments) * max(len(segment.tokens) for segment in segments)
             started = time.perf_counter()
             try:
                 past = self._forward(segments, level.past, wanted, plan, out)
@@ -124,7 +136,6 @@ class CaptureEngine:
                     ) from error
             else:
                 level.batches.pop(0)
-                real = sum(len(segment.tokens) for segment in segments)
                 self.budget.passed(level.budget, padded, real, time.perf_counter() - started)
                 if past is not None:
                     children = [child for segment in segments for child in segment.children]
@@ -136,13 +147,15 @@ class CaptureEngine:
 
     @torch.inference_mode()
     def _forward(
-        self, segments: list[Segment], past: Past | None, wanted: Wanted, plan: GenerationPlan, out: dict[str, Tensor]
-    ) -> Past | None:
+        self, segments: list[Segment], past: Any, wanted: Wanted, plan: GenerationPlan, out: dict[str, Tensor]
+    ) -> Any:
         """Run one pass and put away what is wanted of it; return its keys and values if segments stand behind it."""
-        model, architecture = self.model, self.model.architecture
         keep = bool(segments[0].children)
-        inputs = inputs_of(segments, past, keep, model.tokenizer.pad_token_id, model.device)
-        gather = wanted.of(segments, inputs.first, model.device)
+        if self._lean is not None:
+            one_pass: PackedPass | PaddedPass = PackedPass(self._lean, segments, past, keep)
+        else:
+            one_pass = PaddedPass(self.model, segments, past, keep)
+        gather = wanted.of(segments, one_pass.first, self.model.device)
         seen: dict[Site, Tensor] = {}
 
         def reader(site: Site) -> Callable[[Tensor], None]:
@@ -152,16 +165,20 @@ class CaptureEngine:
             return read
 
         sites = [Site(component, layer) for component in plan.components for layer in plan.layers if len(gather)]
-        readers = {site: reader(site) for site in sites}
-        with on_sites(architecture, readers), stop_after(architecture, max(plan.layers)):
-            architecture.base(**inputs.arguments)
+        one_pass.run({site: reader(site) for site in sites}, max(plan.layers))
         if missing := [str(site) for site in sites if site not in seen]:
             raise RuntimeError(f"the forward pass did not reach {', '.join(missing[:3])}")
         for component in plan.components if len(gather) else ():
             # One transfer per component: each one waits for the device.
             values = torch.stack([seen[Site(component, layer)] for layer in plan.layers])
             out[component][:, gather.entries] = values.to("cpu")
-        return inputs.past() if keep else None
+        return one_pass.past() if keep else None
+
+    def _batches(self, segments: list[Segment], budget: int) -> list[list[Segment]]:
+        if self._lean is not None:
+            return packed_batches(segments, budget)
+        groups = by_token_budget([len(segment.tokens) for segment in segments], budget, self.pass_tokens)
+        return [[segments[i] for i in group] for group in groups]
 
 
 @dataclass(eq=False)
@@ -169,20 +186,19 @@ class _Level:
     """Segments that stand behind the same pass, and those of them that are still to be run."""
 
     waiting: list[Segment]
-    past: Past | None
+    past: Any  # what the class of the passes keeps
     budget: int = 0  # that the batches were cut for; 0: not yet
 
     def __post_init__(self) -> None:
         self.batches = [self.waiting]
 
-    def cut(self, budget: int, pass_tokens: int) -> None:
+    def cut(self, budget: int, batches: Callable[[list[Segment], int], list[list[Segment]]]) -> None:
         """Batch anew what is left: first the segments that others stand behind, whose passes keep keys and values."""
         left = [segment for batch in self.batches for segment in batch]
         self.budget, self.batches = budget, []
         for keep in (True, False):
             some = [segment for segment in left if bool(segment.children) is keep]
-            groups = by_token_budget([len(segment.tokens) for segment in some], budget, pass_tokens)
-            self.batches += [[some[i] for i in group] for group in groups]
+            self.batches += batches(some, budget)
 
 
 def _renumber(segments: Sequence[Segment], rows: Sequence[int]) -> None:

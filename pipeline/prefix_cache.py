@@ -7,7 +7,7 @@ never change, so one pass's keys and values can stand in front of many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pipeline.batching import pad
+from pipeline.hooks import on_sites, stop_after
+from pipeline.models import LoadedModel
 from pipeline.prefix_tree import Segment
+from store.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,49 +64,50 @@ class _ReadLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typ
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """A padded pass over segments: arguments of the base model, and where the segments' tokens lie."""
+class PaddedPass:
+    """One forward pass of transformers' own modules over segments that stand behind `past` (None: at the start).
 
-    arguments: dict[str, Any]
-    first: list[int]  # index of each segment's first token among the flattened tokens of the pass
-    _segments: Sequence[Segment]
-    _before: int  # columns of keys and values in front
+    Args:
+        keep: its keys and values, for `past`.
+    """
+
+    def __init__(self, model: LoadedModel, segments: Sequence[Segment], past: Past | None, keep: bool):
+        self._architecture, self._segments, device = model.architecture, segments, model.device
+        # Right padding: a causal model never looks at it.
+        tokens = [segment.tokens for segment in segments]
+        batch = pad(tokens, side="right", pad_id=model.tokenizer.pad_token_id, device=device)
+        starts = torch.tensor([segment.start for segment in segments], device=device)[:, None]
+        mask, self._before = batch.attention_mask, 0
+        self._cache: Any = DynamicCache() if keep else None
+        if past is not None:
+            layers, real = past.behind(segments, device)
+            self._before = real.shape[1]
+            mask = torch.cat([real.to(mask.dtype), mask], dim=1)
+            self._cache = Cache(layers=[_layer(DynamicLayer if keep else _ReadLayer, k, v) for k, v in layers])
+        self._arguments: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": mask,
+            "position_ids": batch.position_ids + starts,
+            "use_cache": self._cache is not None,
+        }
+        if self._cache is not None:
+            self._arguments["past_key_values"] = self._cache
+        # Index of each segment's first token among the flattened tokens of the pass.
+        self.first = [row * batch.input_ids.shape[1] for row in range(len(segments))]
+
+    def run(self, readers: Mapping[Site, Callable[[Tensor], None]], last: int) -> None:
+        """Run it up to block `last`; readers get the values of their sites, [segment, token, d_model]."""
+        with on_sites(self._architecture, readers), stop_after(self._architecture, last):
+            self._architecture.base(**self._arguments)
 
     def past(self) -> Past:
         """Return what the pass left in the cache that it was given to fill."""
-        layers = [(layer.keys, layer.values) for layer in self.arguments["past_key_values"].layers]
         return Past(
-            layers,
+            [(layer.keys, layer.values) for layer in self._cache.layers],
             {segment: row for row, segment in enumerate(self._segments)},
             [self._before + len(segment.tokens) for segment in self._segments],
             [segment.stop for segment in self._segments],
         )
-
-
-def inputs_of(segments: Sequence[Segment], past: Past | None, keep: bool, pad_id: int, device: torch.device) -> Inputs:
-    """Return the pass over segments that stand behind `past` (None: at the start); `keep` its keys and values."""
-    # Right padding: a causal model never looks at it.
-    batch = pad([segment.tokens for segment in segments], side="right", pad_id=pad_id, device=device)
-    starts = torch.tensor([segment.start for segment in segments], device=device)[:, None]
-    mask, cache, before = batch.attention_mask, None, 0
-    if past is not None:
-        layers, real = past.behind(segments, device)
-        before = real.shape[1]
-        mask = torch.cat([real.to(mask.dtype), mask], dim=1)
-        cache = Cache(layers=[_layer(DynamicLayer if keep else _ReadLayer, k, v) for k, v in layers])
-    elif keep:
-        cache = DynamicCache()
-    arguments: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": mask,
-        "position_ids": batch.position_ids + starts,
-        "use_cache": cache is not None,
-    }
-    if cache is not None:
-        arguments["past_key_values"] = cache
-    width = batch.input_ids.shape[1]
-    return Inputs(arguments, [row * width for row in range(len(segments))], segments, before)
 
 
 def _layer(kind: type[DynamicLayer], keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.architecture import Architecture
-from pipeline.hooks import on_sites, stop_after
 from pipeline.models import LoadedModel
-from pipeline.prefix_cache import inputs_of
+from pipeline.prefix_cache import PaddedPass
 from pipeline.prefix_tree import Segment
 from pipeline.selftest import PADDING_BOUND
 from store.sites import Site
@@ -82,10 +81,8 @@ def _segment(tokens: Tensor, parent: Segment | None) -> Segment:
 
 def _last(model: LoadedModel, segments: list[Segment], past: Any, keep: bool) -> tuple[Tensor, Any]:
     """Return what the last block gives, [segment, token, d_model], and the pass's keys and values if they are kept."""
-    architecture = model.architecture
-    inputs = inputs_of(segments, past, keep, model.tokenizer.pad_token_id, model.device)
-    last = architecture.n_layers - 1
+    last = model.architecture.n_layers - 1
     found: list[Tensor] = []
-    with on_sites(architecture, {Site("resid_post", last): found.append}), stop_after(architecture, last):
-        architecture.base(**inputs.arguments)
-    return found[0], inputs.past() if keep else None
+    one_pass = PaddedPass(model, segments, past, keep)
+    one_pass.run({Site("resid_post", last): found.append}, last)
+    return found[0], one_pass.past() if keep else None

@@ -21,7 +21,14 @@ from store.rows import Row
 from store.sites import ALL_TOKENS, COMPONENTS, Site
 
 POSITIONS = ("prompt_end", "response_start", "response_avg", "token:3", "token:-1")
+# Families that have passes without padding beside those through transformers' own modules.
+LEAN = ("llama", "mistral", "qwen2")
 PROMPTS = Path(__file__).parent.parent / "prompts"
+
+
+def paths(family: str) -> tuple[bool, ...]:
+    """Return the values of `packed` under which a capture of this family takes different paths."""
+    return (False, True) if family in LEAN else (False,)
 
 
 def plan_of(model: LoadedModel, **changes: Any) -> GenerationPlan:

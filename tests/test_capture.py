@@ -14,6 +14,7 @@ from capture_reference import (
     POSITIONS,
     at_position,
     deviations,
+    paths,
     plan_of,
     plan_of_all_tokens,
     real_rows,
@@ -23,10 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slow_reference import blocks, random_rows, tiny
 from tiny_models import LAYERS, tiny_model
+from torch import Tensor
 
 from pipeline.architecture import find_architecture
 from pipeline.batching import by_token_budget, pad, ran_out_of_memory
 from pipeline.capture import BATCH_BOUND, CaptureEngine
+from pipeline.lean_llama import LeanLlama
 from pipeline.models import LoadedModel
 from store.rows import Row
 from store.sites import COMPONENTS, Site
@@ -37,9 +40,9 @@ LENGTHS = ((5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4))  # prompt, response
 def test_a_captured_row_equals_an_unbatched_forward_pass_in_any_batch(family: str) -> None:
     model, rows = tiny(family), random_rows(LENGTHS)
     plan = plan_of(model)
-    for budget, order in ((1, 1), (30, 1), (10_000, 1), (10_000, -1)):
+    for packed, (budget, order) in itertools.product(paths(family), ((1, 1), (30, 1), (10_000, 1), (10_000, -1))):
         chosen = rows[::order]
-        values = CaptureEngine(model, budget).run(chosen, plan)
+        values = CaptureEngine(model, budget, packed=packed).run(chosen, plan)
         assert max(deviations(values, chosen, plan, model)) < BATCH_BOUND
 
 
@@ -57,14 +60,14 @@ def test_neighbouring_sites_agree_and_the_last_one_is_before_the_final_norm(fami
     assert not np.allclose(values["resid_post"][0, -1, 1], normed, rtol=0.01)
 
 
-def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[int]) -> float:
+def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[int], packed: bool) -> float:
     """Compare every token at every site with unbatched passes; return the largest relative deviation of a vector."""
     plan = plan_of_all_tokens(model, rows)
     alone = [unbatched(model, row) for row in rows]
     worst = 0.0
     for budget in budgets:
-        values = CaptureEngine(model, budget).run(rows, plan)
-        averages = CaptureEngine(model, budget).run(rows, plan_of(model, positions=("response_avg",)))
+        values = CaptureEngine(model, budget, packed=packed).run(rows, plan)
+        averages = CaptureEngine(model, budget, packed=packed).run(rows, plan_of(model, positions=("response_avg",)))
         for component in plan.components:
             found = values[component]
             assert found.shape == (sum(row.spans.response_end for row in rows), len(plan.layers), plan.d_model)
@@ -88,21 +91,28 @@ def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[
 
 
 def test_all_tokens_are_those_of_an_unbatched_forward_pass(family: str) -> None:
-    assert check_all_tokens(tiny(family), random_rows(LENGTHS), (1, 30, 10_000)) < BATCH_BOUND
+    for packed in paths(family):
+        assert check_all_tokens(tiny(family), random_rows(LENGTHS), (1, 30, 10_000), packed) < BATCH_BOUND
 
 
 def test_all_tokens_of_a_real_model_are_those_of_an_unbatched_forward_pass(smollm2: LoadedModel) -> None:
-    worst = check_all_tokens(smollm2, real_rows(smollm2, 6), (1, 4096))
-    print(f"largest relative deviation of a token: {worst:.1e}")
-    assert worst < BATCH_BOUND
+    for packed in (False, True):
+        worst = check_all_tokens(smollm2, real_rows(smollm2, 6), (1, 4096), packed)
+        print(f"largest relative deviation of a token{' (packed)' * packed}: {worst:.1e}")
+        assert worst < BATCH_BOUND
 
 
 def test_a_position_has_the_bits_of_its_token_among_all_tokens(family: str) -> None:
     # The same batches: what is gathered differs, what is computed does not.
     model, rows = tiny(family), random_rows(LENGTHS)
     positions = ("prompt_end", "response_start", "token:3", "token:-1")
-    named = CaptureEngine(model, 40).run(rows, plan_of(model, positions=positions))
-    tokens = CaptureEngine(model, 40).run(rows, plan_of_all_tokens(model, rows))
+    for packed in paths(family):
+        named = CaptureEngine(model, 40, packed=packed).run(rows, plan_of(model, positions=positions))
+        tokens = CaptureEngine(model, 40, packed=packed).run(rows, plan_of_all_tokens(model, rows))
+        check_bits(named, tokens, rows, positions)
+
+
+def check_bits(named: dict[str, Any], tokens: dict[str, Any], rows: Sequence[Row], positions: Sequence[str]) -> None:
     first = np.cumsum([0, *(row.spans.response_end for row in rows)])
     for component in COMPONENTS:
         for index, row in enumerate(rows):
@@ -125,7 +135,7 @@ def test_out_of_memory_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of_all_tokens(model, rows)
     whole = CaptureEngine(model, 1).run(rows, plan)
     tried = limit_tokens(monkeypatch, model, 40)
-    values = CaptureEngine(model, 10_000).run(rows, plan)
+    values = CaptureEngine(model, 10_000, packed=False).run(rows, plan)
     assert any(a * b > 40 for a, b in tried)
     for component in COMPONENTS:
         scale = np.abs(whole[component]).max(axis=-1, keepdims=True)
@@ -137,8 +147,8 @@ def test_the_batch_bound_holds_on_a_real_model_with_a_margin(smollm2: LoadedMode
     plan = plan_of(smollm2)
     alone = [unbatched(smollm2, row) for row in rows]
     worst = {}
-    for budget in (1, 150, 4096):
-        values = CaptureEngine(smollm2, budget).run(rows, plan)
+    for budget, packed in itertools.product((1, 150, 4096), (False, True)):
+        values = CaptureEngine(smollm2, budget, packed=packed).run(rows, plan)
         found = [
             float((torch.from_numpy(values[c][i, layer, p]).double() - expected).abs().max() / expected.abs().max())
             for i, row in enumerate(rows)
@@ -147,8 +157,8 @@ def test_the_batch_bound_holds_on_a_real_model_with_a_margin(smollm2: LoadedMode
             for p, position in enumerate(POSITIONS)
             for expected in [at_position(alone[i][Site(c, layer)], row, position).double()]
         ]
-        worst[budget] = max(found)
-    print(f"largest relative deviation by token budget: {worst}")
+        worst[budget, packed] = max(found)
+    print(f"largest relative deviation by token budget, packed or not: {worst}")
     assert max(worst.values()) < BATCH_BOUND / 2
 
 
@@ -210,6 +220,7 @@ def test_fewer_layers_give_the_same_bits_and_later_blocks_do_not_run(family: str
         module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in watched.items()
     ]
     try:
+        # Models with hooks on them are run through their own modules: the packed path would not call them.
         everything = CaptureEngine(model).run(rows, plan_of(model))
         assert calls == ["block 0", "block 1", "block 2"]
         calls.clear()
@@ -250,7 +261,7 @@ def limit_tokens(
 def test_out_of_memory_halves_the_token_budget_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny("qwen2"), random_rows([(5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4)] * 3, seed=2)
     plan = plan_of(model)
-    engine = CaptureEngine(model, 10_000)
+    engine = CaptureEngine(model, 10_000, packed=False)
     tried = limit_tokens(monkeypatch, model, 60)
     values = engine.run(rows, plan)
     failed = [a * b for a, b in tried if a * b > 60]
@@ -268,7 +279,7 @@ def test_a_single_row_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) 
     model, rows = tiny("qwen2"), random_rows([(5, 3), (30, 1), (4, 7)])
     limit_tokens(monkeypatch, model, 20)
     with pytest.raises(torch.OutOfMemoryError):
-        CaptureEngine(model).run(rows, plan_of(model))
+        CaptureEngine(model, packed=False).run(rows, plan_of(model))
 
 
 def test_a_row_that_is_not_finite_does_not_touch_its_batch_mates() -> None:
@@ -279,10 +290,12 @@ def test_a_row_that_is_not_finite_does_not_touch_its_batch_mates() -> None:
     broken = dataclasses.replace(reference, model=model, architecture=find_architecture(model))
     model.get_input_embeddings().weight.data[bad] = float("nan")
     plan = plan_of(reference)
-    values, expected = (CaptureEngine(m).run(rows, plan)["resid_post"] for m in (broken, reference))
-    assert np.isnan(values[2]).any()
-    others = [0, 1, 3, 4, 5]
-    np.testing.assert_allclose(values[others], expected[others], rtol=1e-3, atol=1e-4)
+    for packed in (False, True):
+        runs = (CaptureEngine(m, packed=packed).run(rows, plan) for m in (broken, reference))
+        values, expected = (found["resid_post"] for found in runs)
+        assert np.isnan(values[2]).any()
+        others = [0, 1, 3, 4, 5]
+        np.testing.assert_allclose(values[others], expected[others], rtol=1e-3, atol=1e-4)
 
 
 def test_tokens_after_the_response_are_not_part_of_the_row() -> None:
@@ -308,18 +321,36 @@ def test_a_failed_allocation_of_the_cpu_is_out_of_memory_and_other_errors_are_no
         assert not ran_out_of_memory(other)
     model, rows = tiny("qwen2"), random_rows(LENGTHS * 2, seed=2)
     tried = limit_tokens(monkeypatch, model, 40, exhausted)
-    values = CaptureEngine(model, 10_000).run(rows, plan_of(model))
+    values = CaptureEngine(model, 10_000, packed=False).run(rows, plan_of(model))
     assert any(a * b > 40 for a, b in tried)
     assert max(deviations(values, rows, plan_of(model), model)) < BATCH_BOUND
     with pytest.raises(torch.OutOfMemoryError, match="a row of 41 tokens does not fit"):
-        CaptureEngine(model).run(random_rows([(40, 1)]), plan_of(model))
+        CaptureEngine(model, packed=False).run(random_rows([(40, 1)]), plan_of(model))
 
     def broken() -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     limit_tokens(monkeypatch, model, 40, broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        CaptureEngine(model, 10_000).run(rows, plan_of(model))
+        CaptureEngine(model, 10_000, packed=False).run(rows, plan_of(model))
+
+
+def test_out_of_memory_halves_packed_passes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny("qwen2"), random_rows(LENGTHS * 3, seed=2)
+    embed, tried = LeanLlama.embed, []
+
+    def limited(self: LeanLlama, ids: Tensor) -> Tensor:
+        tried.append(len(ids))
+        if len(ids) > 40:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return embed(self, ids)
+
+    monkeypatch.setattr(LeanLlama, "embed", limited)
+    engine = CaptureEngine(model, 10_000)
+    values = engine.run(rows, plan_of(model))
+    assert max(tried) == sum(row.spans.response_end for row in rows)
+    assert engine.budget.tokens <= 40
+    assert max(deviations(values, rows, plan_of(model), model)) < BATCH_BOUND
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from capture_reference import POSITIONS, deviations, plan_of, plan_of_all_tokens, real_rows, unbatched
+from capture_reference import LEAN, POSITIONS, deviations, paths, plan_of, plan_of_all_tokens, real_rows, unbatched
 from hypothesis import given
 from hypothesis import strategies as st
 from slow_reference import random_rows, tiny
@@ -69,6 +70,21 @@ def computed(passes: Sequence[Sequence[Segment]]) -> int:
     return sum(len(segment.tokens) for segments in passes for segment in segments)
 
 
+def test_only_the_llama_layout_in_float32_without_hooks_takes_packed_passes(family: str) -> None:
+    model = tiny(family)
+    assert (CaptureEngine(model)._lean is not None) is (family in LEAN)
+    assert CaptureEngine(model, packed=False)._lean is None
+    assert CaptureEngine(tiny(family, torch.bfloat16))._lean is None
+    engine = CaptureEngine(model)
+    called: list[int] = []
+    handle = model.architecture.mlp[0].register_forward_hook(lambda *_: called.append(1))
+    try:
+        engine.run(random_rows([(3, 1)]), plan_of(model))
+    finally:
+        handle.remove()
+    assert called, "hooks of others are called"
+
+
 def test_rows_that_begin_alike_are_what_they_are_alone(
     family: str, monkeypatch: pytest.MonkeyPatch, passes: list[list[Segment]]
 ) -> None:
@@ -76,13 +92,13 @@ def test_rows_that_begin_alike_are_what_they_are_alone(
     model, rows = tiny(family), rows_alike()
     plan = plan_of(model)
     worst = {}
-    for budget in BUDGETS:
+    for budget, packed in product(BUDGETS, paths(family)):
         passes.clear()
-        values = CaptureEngine(model, budget).run(rows, plan)
-        worst[budget] = max(deviations(values, rows, plan, model))
+        values = CaptureEngine(model, budget, packed=packed).run(rows, plan)
+        worst[budget, packed] = max(deviations(values, rows, plan, model))
         assert max(segment.start for segments in passes for segment in segments) > 11, "prompts share a start"
         assert computed(passes) < 0.6 * sum(row.spans.response_end for row in rows)
-    print(f"{family}: largest relative deviation by token budget {worst}")
+    print(f"{family}: largest relative deviation by token budget, packed or not: {worst}")
     assert max(worst.values()) < BATCH_BOUND
 
 
@@ -94,28 +110,30 @@ def test_all_tokens_of_rows_that_begin_alike_are_those_of_the_rows_alone(
     plan = plan_of_all_tokens(model, rows)
     alone = [unbatched(model, row) for row in rows]
     worst = {}
-    for budget in BUDGETS:
-        values = CaptureEngine(model, budget).run(rows, plan)
-        worst[budget] = 0.0
+    for budget, packed in product(BUDGETS, paths(family)):
+        passes.clear()
+        values = CaptureEngine(model, budget, packed=packed).run(rows, plan)
+        assert computed(passes) < 0.6 * sum(row.spans.response_end for row in rows)
+        worst[budget, packed] = 0.0
         for component in COMPONENTS:
             for layer in plan.layers:
                 expected = torch.cat([sites[Site(component, layer)] for sites in alone])
                 got = torch.from_numpy(values[component][:, layer])
                 difference = (got - expected).abs().amax(1) / expected.abs().amax(1)
-                worst[budget] = max(worst[budget], float(difference.max()))
-    assert computed(passes) < len(BUDGETS) * 0.6 * sum(row.spans.response_end for row in rows)
-    print(f"{family}: largest relative deviation by token budget {worst}")
+                worst[budget, packed] = max(worst[budget, packed], float(difference.max()))
+    print(f"{family}: largest relative deviation by token budget, packed or not: {worst}")
     assert max(worst.values()) < BATCH_BOUND
 
 
 def test_fewer_layers_of_rows_that_begin_alike_are_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     model, rows = tiny(family), rows_alike()
-    everything = CaptureEngine(model, 60).run(rows, plan_of(model))
-    for last in range(LAYERS):
-        some = CaptureEngine(model, 60).run(rows, plan_of(model, layers=(last,)))
-        for component in COMPONENTS:
-            np.testing.assert_array_equal(some[component][:, 0], everything[component][:, last])
+    for packed in paths(family):
+        everything = CaptureEngine(model, 60, packed=packed).run(rows, plan_of(model))
+        for last in range(LAYERS):
+            some = CaptureEngine(model, 60, packed=packed).run(rows, plan_of(model, layers=(last,)))
+            for component in COMPONENTS:
+                np.testing.assert_array_equal(some[component][:, 0], everything[component][:, last])
 
 
 def test_sharing_can_be_switched_off(passes: list[list[Segment]]) -> None:
@@ -145,19 +163,22 @@ def test_tokens_behind_the_last_one_that_is_wanted_are_not_run(passes: list[list
     assert max(deviations(values, rows, plan_of(model, positions=("prompt_end", "token:2")), model)) < BATCH_BOUND
 
 
-def test_a_row_that_is_not_finite_stays_alone_behind_a_common_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_that_is_not_finite_stays_alone_behind_a_common_start(
+    monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
     monkeypatch.setattr(capture, "PASS_TOKENS", 1)
     rows = rows_alike()
     model = tiny("llama")
     counts = {t: [i for i, row in enumerate(rows) if t in row.token_ids] for row in rows for t in row.token_ids}
     bad, (victim,) = next((t, at) for t, at in counts.items() if len(at) == 1)
     plan = plan_of(model, positions=("token:-1", "response_avg"))
-    expected = CaptureEngine(model, 500).run(rows, plan)["resid_post"]
+    expected = CaptureEngine(model, 500, packed=packed).run(rows, plan)["resid_post"]
     embedding = model.model.get_input_embeddings().weight
     before = embedding[bad].clone()
     try:
         embedding.data[bad] = float("nan")
-        values = CaptureEngine(model, 500).run(rows, plan)["resid_post"]
+        values = CaptureEngine(model, 500, packed=packed).run(rows, plan)["resid_post"]
     finally:
         embedding.data[bad] = before
     assert np.isnan(values[victim]).all(axis=-1).any()
@@ -226,12 +247,12 @@ def test_prefixes_and_responses_of_a_real_model_are_exact(smollm2: LoadedModel, 
             rows.append(prompt_row(prompt, smollm2.tokenizer, smollm2.ref, smollm2.fingerprint, with_response=True))
     plan = plan_of(smollm2, layers=tuple(range(0, smollm2.architecture.n_layers, 4)))
     worst = {}
-    for budget in (1, 200, 4096):
+    for budget, packed in product((1, 200, 4096), (False, True)):
         passes.clear()
-        values = CaptureEngine(smollm2, budget).run(rows, plan)
-        worst[budget] = max(deviations(values, rows, plan, smollm2))
+        values = CaptureEngine(smollm2, budget, packed=packed).run(rows, plan)
+        worst[budget, packed] = max(deviations(values, rows, plan, smollm2))
         assert computed(passes) < 0.7 * sum(row.spans.response_end for row in rows)
-    print(f"SmolLM2: largest relative deviation by token budget {worst}")
+    print(f"SmolLM2: largest relative deviation by token budget, packed or not: {worst}")
     assert max(worst.values()) < BATCH_BOUND / 2
 
 
