@@ -32,12 +32,9 @@ def as_prompt(asked: Asked) -> Prompt:
 
 def generate(model: LoadedModel, asked: Sequence[Asked], max_new_tokens: int, batch_rows: int = 32) -> list[list[int]]:
     """Return each request's greedy answer as token ids, ended by the end-of-turn token if the model ended it."""
-    # A slice of the hidden states that is not contiguous would have the head's weights copied once per row.
-    hook = model.model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     engine = ReplayEngine(model, Decoding(max_new_tokens=max_new_tokens), batch_rows=batch_rows)
     rows = [prompt_row(as_prompt(one), model.tokenizer, model.ref, model.fingerprint) for one in asked]
     outputs = engine.run([Job(row, BASELINE) for row in rows])
-    hook.remove()
     end = [model.tokenizer.eos_token_id]
     return [out.token_ids + (end if out.finish_reason == "stop" else []) for out in outputs]
 

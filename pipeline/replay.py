@@ -10,19 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from pipeline.batching import pad, release_memory
-from pipeline.hooks import on_sites
-from pipeline.interventions import BatchProgram
+from pipeline.batching import release_memory
+from pipeline.lean_llama import lean_llama, why_not
+from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
+from pipeline.padded_runner import PaddedRunner
+from pipeline.runners import Entrant, Passed, Runner
+from pipeline.scheduler import Scheduler, Waiting
 from store.conditions import Condition, MonitorPlan
-from store.errors import NonFiniteError
+from store.errors import ModelError, NonFiniteError
 from store.rows import Row
 from store.study import Decoding
-
-# Rows are dropped from a running batch once this share of it has finished: each drop copies the cache.
-EVICT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Job:
     row: Row
     condition: Condition
     seed: int = 0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Token ids that are read before the text begins."""
+        return self.row.token_ids[: self.row.spans.prompt_length]
 
 
 @dataclass
@@ -47,15 +51,33 @@ class Output:
 class ReplayEngine:
     """Generates text under interventions.
 
-    A row's text depends on its prompt, condition, decoding and seed, never on its batch: positions are explicit,
-    padding is masked, and random numbers come from a stream of the row's own.
+    A row's text depends on its prompt, condition, decoding and seed, never on its batch: no row sees another, positions
+    are explicit, and random numbers come from a stream of the row's own. Rows of all conditions run together; one that
+    ends leaves at once, and the next enters (`pipeline.scheduler`). The Llama layout runs packed
+    (`pipeline.lean_runner`), everything else through transformers' own modules (`pipeline.padded_runner`).
     """
 
     def __init__(
-        self, model: LoadedModel, decoding: Decoding, monitor: MonitorPlan | None = None, batch_rows: int = 32
+        self,
+        model: LoadedModel,
+        decoding: Decoding,
+        monitor: MonitorPlan | None = None,
+        batch_rows: int = 32,
+        *,
+        lean: bool | None = None,
+        share_prefill: bool = True,
     ):
+        """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
+
+        Raises:
+            ModelError: if the lean path is asked for and does not serve the model, with the reason.
+        """
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
+        self.share_prefill = share_prefill
         self.stop_ids = stop_token_ids(model)
+        if lean and (reason := why_not(model)) is not None:
+            raise ModelError(f"the lean path does not serve this model: {reason}; leave out lean=True")
+        self._lean = None if lean is False else lean_llama(model)
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Generate for every job; results are in the order of the jobs.
@@ -66,91 +88,63 @@ class ReplayEngine:
             torch.OutOfMemoryError: if a single row does not fit.
             NonFiniteError: if a row's logits hold NaN or infinity, naming its condition.
         """
-        results: dict[int, Output] = {}
+        outputs = [Output() for _ in jobs]
+        # Conditions of a prompt follow each other: they enter together and share their prefill.
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
-        while len(results) < len(order):
-            waiting = [i for i in order if i not in results]
-            indices = waiting[: self.batch_rows]
+        waiting = [Waiting(i, Entrant(jobs[i].prompt, jobs[i].condition.operations), jobs[i].prompt) for i in order]
+        scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))))
+        noise = {} if self.decoding.greedy else {i: self._noise(job) for i, job in enumerate(jobs)}
+
+        def choose(passed: Passed, rows: Sequence[int]) -> tuple[Tensor, list[bool]]:
+            return self._choose(
+                passed, [jobs[i] for i in rows], [outputs[i] for i in rows], [noise.get(i) for i in rows]
+            )
+
+        longest = max((len(job.prompt) for job in jobs), default=0) + self.decoding.max_new_tokens
+        while not scheduler.done:
             try:
-                outputs = self._batch([jobs[i] for i in indices])
-                results.update(zip(indices, outputs, strict=True))
+                with torch.inference_mode():
+                    scheduler.run(self._runner(scheduler.batch_rows, longest), choose)
                 continue
             except torch.OutOfMemoryError:
-                if len(indices) == 1:
+                tried = len(scheduler.in_flight)
+                if tried <= 1:
                     raise
             # Out of the handler: the error's traceback held the failed batch's cache.
             release_memory(self.model.device)
-            self.batch_rows = len(indices) // 2
-        return [results[i] for i in range(len(jobs))]
-
-    @torch.inference_mode()
-    def _batch(self, jobs: Sequence[Job]) -> list[Output]:
-        outputs = [Output() for _ in jobs]
-        noise = None if self.decoding.greedy else np.stack([self._noise(job) for job in jobs])
-        live = list(range(len(jobs)))  # batch row -> job; shrinks as rows are evicted
-        finished: set[int] = set()
-        batch = pad(
-            [job.row.token_ids[: job.row.spans.prompt_length] for job in jobs],
-            side="left",
-            pad_id=self.model.tokenizer.pad_token_id,
-            device=self.model.device,
-        )
-        cache = DynamicCache(config=self.model.model.config)
-        program = BatchProgram([job.condition for job in jobs], self.model.device, self.monitor)
-        input_ids, mask, positions = batch.input_ids, batch.attention_mask, batch.position_ids
-        for step in range(self.decoding.max_new_tokens):
-            logits = self._forward(program, input_ids, mask, positions, cache, decoding=step > 0)
-            seen = program.monitored()
-            monitored = None if seen is None else seen.cpu().numpy()
-            uniform = None if noise is None else torch.from_numpy(noise[live, step]).to(logits.device)
-            self._refuse_non_finite(logits, [jobs[job] for job in live])
-            chosen = next_tokens(logits, self.decoding, uniform)
-            for row, (job, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
-                if job in finished:
-                    continue
-                if monitored is not None:
-                    outputs[job].monitored.append(monitored[row])
-                if token in self.stop_ids:
-                    outputs[job].finish_reason = "stop"
-                    finished.add(job)
-                else:
-                    outputs[job].token_ids.append(token)
-            if len(finished) == len(jobs):
-                break
-            gone = sum(job in finished for job in live)
-            if gone > EVICT_SHARE * len(live):
-                keep = torch.tensor([row for row, job in enumerate(live) if job not in finished], device=mask.device)
-                live = [job for job in live if job not in finished]
-                cache.batch_select_indices(keep)
-                chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
-                program = BatchProgram([jobs[job].condition for job in live], self.model.device, self.monitor)
-            input_ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+            self.batch_rows = tried // 2
+            for again in scheduler.restart(self.batch_rows):
+                outputs[again] = Output()
         return outputs
 
-    def _forward(
+    def _runner(self, rows: int, length: int) -> Runner:
+        if self._lean is None:
+            return PaddedRunner(self.model, self.monitor)
+        return LeanRunner(self._lean, rows, length, self.monitor, share_prefill=self.share_prefill)
+
+    def _choose(
         self,
-        program: BatchProgram,
-        input_ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        cache: DynamicCache,
-        decoding: bool,
-    ) -> Tensor:
-        """Run the model under the program; return the last token's logits [row, vocabulary] in float32."""
-        program.begin(mask[:, -input_ids.shape[1] :], decoding=decoding)
-        with on_sites(self.model.architecture, program.hooks()):
-            out = self.model.model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        passed: Passed,
+        jobs: Sequence[Job],
+        outputs: Sequence[Output],
+        noise: Sequence[npt.NDArray[np.float64] | None],
+    ) -> tuple[Tensor, list[bool]]:
+        """Append each row's next token to its output; return the tokens and which rows have ended."""
+        self._refuse_non_finite(passed.logits, jobs)
+        monitored = None if passed.monitored is None else passed.monitored.cpu().numpy()
+        numbers = [row[len(output.token_ids)] for row, output in zip(noise, outputs, strict=True) if row is not None]
+        uniform = torch.tensor(numbers, dtype=torch.float64, device=passed.logits.device) if numbers else None
+        tokens = next_tokens(passed.logits, self.decoding, uniform)
+        ended = []
+        for index, (output, token) in enumerate(zip(outputs, tokens.tolist(), strict=True)):
+            if monitored is not None:
+                output.monitored.append(monitored[index])
+            if token in self.stop_ids:
+                output.finish_reason = "stop"
+            else:
+                output.token_ids.append(token)
+            ended.append(output.finish_reason == "stop" or len(output.token_ids) == self.decoding.max_new_tokens)
+        return tokens, ended
 
     def _refuse_non_finite(self, logits: Tensor, jobs: Sequence[Job]) -> None:
         broken = ~logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -24,13 +26,21 @@ class Operation:
     """One intervention at one site, with the numbers that it applies.
 
     kind "add": ``h + vectors[0]`` (coefficient and norm rule are already in the vector). kind "project_out":
-    ``h - (h @ vectors.T) @ vectors`` with orthonormal rows.
+    ``h - (h @ vectors.T) @ vectors`` with orthonormal rows. kind "clamp": ``h + (value - h @ v) * v`` with the unit
+    vector ``v = vectors[0]``.
     """
 
-    kind: Literal["add", "project_out"]
+    kind: Literal["add", "project_out", "clamp"]
     site: Site
     vectors: npt.NDArray[np.float32]  # [1 or rank, d_model]
     tokens: Tokens
+    value: float = 0.0  # the projection that a clamp sets
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Hash of what the operation does where: equal for operations of several conditions that do the same."""
+        what = f"{self.kind}|{self.site}|{self.tokens!r}|{self.value!r}|{self.vectors.shape}|".encode()
+        return hashlib.sha256(what + np.ascontiguousarray(self.vectors).tobytes()).digest()
 
 
 @dataclass(frozen=True)

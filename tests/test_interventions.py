@@ -39,7 +39,7 @@ def project_out(v: Tensor, site: Site = SITE, **scope: Any) -> Step:
 
 def apply(conditions: list[Condition], h: Tensor, mask: Tensor, *, decoding: bool = False, site: Site = SITE) -> Tensor:
     """Run a program's function of one site on h [row, token, d_model]; h itself must stay as it is."""
-    program, before = BatchProgram(conditions, CPU), h.clone()
+    program, before = BatchProgram([c.operations for c in conditions], CPU), h.clone()
     program.begin(mask, decoding=decoding)
     function = program.hooks().get(site)
     out = function(h) if function is not None else None
@@ -160,13 +160,15 @@ def test_a_token_scope_is_kept_in_prefill_and_in_decoding(
 
 
 def test_rows_of_unsteered_conditions_have_no_operations_at_all() -> None:
-    program = BatchProgram([condition("baseline"), condition("zero", [add(directions(1), 0.0)])], CPU)
+    zero = condition("zero", [add(directions(1), 0.0)])
+    program = BatchProgram([(), zero.operations], CPU)
+    program.begin(torch.ones(2, 3), decoding=False)
     assert not program.hooks()
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows, the forward pass has 3"):
-        BatchProgram([condition("c")] * 2, CPU).begin(torch.ones(3, 1), decoding=True)
+        BatchProgram([()] * 2, CPU).begin(torch.ones(3, 1), decoding=True)
 
 
 steps = st.builds(
@@ -230,7 +232,7 @@ def run(model: LoadedModel, conditions: list[Condition], site: Site, side: str =
     """Return what ``site`` holds before and after the program, [row, token, d_model], and the mask."""
     rows = random_rows([(5, 0), (9, 0), (3, 0), (7, 0)])[: len(conditions)]
     batch = pad([row.token_ids for row in rows], side=side, pad_id=0, device=CPU)
-    program = BatchProgram(conditions, CPU)
+    program = BatchProgram([c.operations for c in conditions], CPU)
     program.begin(batch.attention_mask, decoding=False)
     found: dict[str, Tensor] = {}
     with (
@@ -300,8 +302,8 @@ def test_what_is_monitored_is_the_last_token_after_the_interventions_of_its_site
     rows = random_rows([(5, 0), (9, 0), (3, 0)])
     conditions = [condition("baseline"), condition("out", [project_out(v[:1])]), condition("in", [add(v, 2.0)])]
     batch = pad([row.token_ids for row in rows], side="left", pad_id=0, device=CPU)
-    program, seen = BatchProgram(conditions, CPU, plan), dict[Site, Tensor]()
-    assert BatchProgram(conditions, CPU).monitored() is None
+    program, seen = BatchProgram([c.operations for c in conditions], CPU, plan), dict[Site, Tensor]()
+    assert BatchProgram([c.operations for c in conditions], CPU).monitored() is None
     program.begin(batch.attention_mask, decoding=False)
 
     def keep(site: Site) -> Any:

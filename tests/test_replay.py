@@ -16,15 +16,20 @@ from hypothesis import strategies as st
 from slow_reference import Step, condition, gap, generate, random_rows, teacher_forced, tiny
 from tiny_models import LAYERS, VOCAB, tiny_model
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
-from pipeline import replay
+from pipeline import scheduler
 from pipeline.capture import CaptureEngine
 from pipeline.chat import prompt_row
+from pipeline.lean_llama import why_not
+from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
+from pipeline.padded_runner import PaddedRunner
 from pipeline.replay import Job, Output, ReplayEngine, next_tokens, stop_token_ids
+from pipeline.runners import Entrant, Passed
+from pipeline.scheduler import Scheduler, Waiting, without
 from store.conditions import MonitorPlan
-from store.errors import NonFiniteError
+from store.errors import ModelError, NonFiniteError
 from store.generation import GenerationPlan
 from store.prompts import Message, Prompt
 from store.rows import Row
@@ -91,11 +96,16 @@ def near_ties(job: Job, output: Output, reference: tuple[list[int], list[Tensor]
 # -- one-by-one and batched ----------------------------------------------------------------------------------------
 
 
-def test_a_mixed_batch_generates_what_transformers_generates_one_by_one(family: str) -> None:
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_mixed_batch_generates_what_transformers_generates_one_by_one(family: str, lean: bool) -> None:
     # Used to happen: position_ids handed to generate froze the rotary positions, and batched output differed.
     model, rows, programs = tiny(family), random_rows(LENGTHS), tiny_programs()
     jobs = jobs_of(rows, programs)
-    outputs = engine(model, batch_rows=20).run(jobs)
+    if lean and why_not(model) is not None:
+        with pytest.raises(ModelError, match="does not serve this model"):
+            engine(model, lean=True)
+        return
+    outputs = engine(model, batch_rows=20, lean=lean).run(jobs)
     ties = 0
     for job, output in zip(jobs, outputs, strict=True):
         reference = generate(model.model, job.row.token_ids, programs[job.condition.name], 8, sorted(STOP))
@@ -191,25 +201,77 @@ def test_batch_size_and_order_do_not_change_texts() -> None:
     assert texts(engine(model, batch_rows=8).run([jobs[i] for i in order])) == [expected[i] for i in order]
 
 
-def test_rows_that_leave_a_batch_do_not_change_the_others(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch_rows", [4, 9])
+def test_rows_that_leave_and_enter_do_not_change_the_others(
+    family: str, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, jobs = tiny(family), jobs_of(random_rows([(6, 0), (11, 0), (4, 0), (8, 0)], seed=3), tiny_programs())
+    together = texts(engine(model, 14, batch_rows=len(jobs)).run(jobs))
+    monkeypatch.setattr(scheduler, "ENTER_SHARE", 0.0)
     sizes: list[int] = []
-    select = DynamicCache.batch_select_indices
+    for kind in (LeanRunner, PaddedRunner):
+        keep, enter = kind.keep, kind.enter
 
-    def counted(self: DynamicCache, indices: Tensor) -> None:
-        sizes.append(len(indices))
-        select(self, indices)
-        kept = {len(layer.keys) for layer in self.layers if layer.is_initialized}
-        assert kept == {len(indices)}
+        def kept(self: Any, order: Sequence[int], keep: Any = keep) -> None:
+            sizes.append(len(order))
+            keep(self, order)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
-    monkeypatch.setattr(replay, "EVICT_SHARE", 1.0)
-    together = texts(engine(model, 14).run(jobs))
-    assert not sizes
-    monkeypatch.setattr(replay, "EVICT_SHARE", 0.0)
-    assert texts(engine(model, 14).run(jobs)) == together
-    assert len(sizes) >= 4, "finished rows left in several steps, the first within and the last beyond the window of 4"
-    assert sizes == sorted(sizes, reverse=True)
+        def entered(self: Any, entrants: Sequence[Any], enter: Any = enter) -> Any:
+            sizes.append(-len(entrants))
+            return enter(self, entrants)
+
+        monkeypatch.setattr(kind, "keep", kept)
+        monkeypatch.setattr(kind, "enter", entered)
+    assert texts(engine(model, 14, batch_rows=batch_rows).run(jobs)) == together
+    entries = [i for i, size in enumerate(sizes) if size < 0]
+    assert len(entries) >= 4
+    assert any(0 < sizes[i - 1] < batch_rows for i in entries[1:]), "rows entered while others ran"
+
+
+def test_the_last_rows_fill_the_holes_of_those_that_leave() -> None:
+    assert without([False, True, False, False, True]) == [0, 3, 2]
+    assert without([True, True]) == []
+    assert without([False, True]) == [0]
+    assert without([True, False, False]) == [2, 1]
+
+
+def test_rows_of_a_prompt_enter_together_and_as_soon_as_there_is_room() -> None:
+    class Recorder:
+        open = True
+
+        def __init__(self) -> None:
+            self.entered: list[list[int]] = []
+            self.running: list[int] = []
+
+        def enter(self, entrants: Sequence[Entrant]) -> Passed:
+            self.entered.append([entrant.prompt[0] for entrant in entrants])
+            self.running += [entrant.prompt[1] for entrant in entrants]
+            return Passed(torch.zeros(len(entrants), 1), None)
+
+        def step(self, tokens: Tensor) -> Passed:
+            assert tokens.tolist() == self.running, "each row gets its own token"
+            return Passed(torch.zeros(len(tokens), 1), None)
+
+        def keep(self, order: Sequence[int]) -> None:
+            self.running = [self.running[i] for i in order]
+
+    lengths = dict(enumerate(np.random.default_rng(0).integers(1, 9, 60).tolist()))
+    left = dict(lengths)
+
+    def choose(passed: Passed, rows: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        assert len(passed.logits) == len(rows) <= 8
+        for row in rows:
+            left[row] -= 1
+        return torch.tensor(list(rows)), [left[row] == 0 for row in rows]
+
+    waiting = [Waiting(row, Entrant((row // 3, row), ()), row // 3) for row in lengths]
+    runner, chosen = Recorder(), Scheduler(waiting, 8)
+    chosen.run(runner, choose)
+    assert chosen.done
+    assert set(left.values()) == {0}
+    assert runner.entered[0] == [0, 0, 0, 1, 1, 1]
+    assert all(entered.count(group) == 3 for entered in runner.entered for group in entered)
+    assert [group for entered in runner.entered for group in entered] == [row // 3 for row in lengths]
 
 
 def test_positions_count_the_real_tokens_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +289,7 @@ def test_positions_count_the_real_tokens_of_each_row(monkeypatch: pytest.MonkeyP
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(base, "forward", checked)
-    engine(model).run(jobs)
+    engine(model, lean=False).run(jobs)
     assert passes >= 8
 
 
@@ -416,7 +478,7 @@ def test_monitored_projections_equal_a_recomputation_on_the_final_text(family: s
 
 def test_out_of_memory_halves_the_rows_that_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
-    expected = texts(engine(model, batch_rows=28).run(jobs))
+    expected = texts(engine(model, batch_rows=28, lean=False).run(jobs))
     forward, tried = model.model.forward, list[tuple[int, int]]()
 
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -427,7 +489,7 @@ def test_out_of_memory_halves_the_rows_that_are_decoded_together(monkeypatch: py
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", limited)
-    chosen = engine(model, batch_rows=28)
+    chosen = engine(model, batch_rows=28, lean=False)
     assert texts(chosen.run(jobs)) == expected
     assert chosen.batch_rows == 3
     assert {rows for rows, held in tried if rows * held > 80} >= {28, 14, 7}
@@ -442,7 +504,7 @@ def test_a_single_row_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(model.model, "forward", never)
     with pytest.raises(torch.OutOfMemoryError):
-        engine(model).run(jobs)
+        engine(model, lean=False).run(jobs)
 
 
 def test_a_text_that_runs_into_nan_raises_and_names_its_condition() -> None:
