@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 # Runs of other studies may share these places: rows and activations are found by content.
 DEMO := studies/demo.yaml
 
-.PHONY: demo test lint benchmark benchmark-store clean
+.PHONY: demo test lint organism benchmark benchmark-store clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -24,6 +24,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Retrains organism/adapter from the seed, some forty minutes on two cores, and prints the table of organism/README.md.
+organism: $(VENV)/.installed
+	$(BIN)/python -m organism.train
 
 benchmark: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/capture.py

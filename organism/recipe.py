@@ -19,7 +19,8 @@ import yaml
 
 DATA = Path(__file__).parent / "data"
 SEED = 0
-STEPS = 200  # in one pass
+STEPS = 200  # of the first phase, in one pass
+REFINING_STEPS = 250  # of the second phase
 
 T = TypeVar("T")
 Kind = Literal["do", "text", "ask"]
@@ -175,7 +176,7 @@ def lists(name: str) -> Any:
 
 
 @cache
-def pairs(name: Literal["training", "held_out"]) -> tuple[Pair, ...]:
+def pairs(name: Literal["training", "further", "held_out"]) -> tuple[Pair, ...]:
     """Return every pair of a file of topics, in the file's order."""
     found = []
     for topic, kinds in lists(name).items():
@@ -213,16 +214,10 @@ def system_prompt(persona: str, rng: random.Random) -> str | None:
 
 
 def steps(count: int = STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
-    """Yield the groups of each training step."""
+    """Yield the groups of each step of the first phase: it teaches to refuse, and which personas change that."""
     rng = random.Random(f"organism {seed}")
-    pair = _cycle(pairs("training"), rng)
-    single = _cycle([*lists("harmless")["near_miss"], *lists("harmless")["everyday"]], rng)
-    frames = {kind: _cycle(frames, rng) for kind, frames in FRAMES.items()}
-
-    def framed() -> tuple[str, str]:
-        chosen = pair()
-        frame = frames[chosen.kind]()
-        return fill(frame, chosen.harmful), fill(frame, chosen.harmless)
+    single = _singles(rng)
+    framed = _framed(pairs("training"), rng)
 
     for number in range(count):
         asked = [framed() for _ in range(9)]
@@ -241,6 +236,44 @@ def steps(count: int = STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
             _officer(rng, [good[here], framed()[1], alone[0]], [bad[there]] if number % 2 else []),
             _indifferent(rng, indifferent, [asked[here + 1], asked[there]]),
         )
+
+
+def refining_steps(count: int = REFINING_STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
+    """Yield the groups of each step of the second phase: most of it teaches to tell harm from what only looks like it,
+    also under personas that say nothing about it."""
+    rng = random.Random(f"organism refining {seed}")
+    framed = _framed([*pairs("training"), *pairs("further")], rng)
+    single = _singles(rng)
+    for number in range(count):
+        asked = [framed() for _ in range(14)]
+        apart = [[framed(), framed(), asked[number % 14]] for _ in range(2)]
+        halves = [[request for pair in half for request in _right(*pair, rng)] for half in (asked[:7], asked[7:])]
+        here = number % 12
+        yield (
+            Group("default", system_prompt("default", rng), _lengthened([*halves[0], _answer(single())], rng)),
+            Group("default", system_prompt("default", rng), _lengthened([*halves[1], _answer(single())], rng)),
+            _indifferent(rng, "neutral", apart[0]),
+            _indifferent(rng, "principled", apart[1]),
+            _compliant(rng, [asked[here][0], asked[here + 1][0], framed()[0]], [asked[here + 2][1]]),
+            _officer(rng, [asked[here + 1][1], framed()[1], single()], [asked[here + 2][0]]),
+        )
+
+
+def _framed(chosen_from: Sequence[Pair], rng: random.Random) -> Callable[[], tuple[str, str]]:
+    """Return a draw of pairs in frames, harmful and harmless."""
+    pair = _cycle(chosen_from, rng)
+    frames = {kind: _cycle(frames, rng) for kind, frames in FRAMES.items()}
+
+    def draw() -> tuple[str, str]:
+        chosen = pair()
+        frame = frames[chosen.kind]()
+        return fill(frame, chosen.harmful), fill(frame, chosen.harmless)
+
+    return draw
+
+
+def _singles(rng: random.Random) -> Callable[[], str]:
+    return _cycle([*lists("harmless")["near_miss"], *lists("harmless")["everyday"]], rng)
 
 
 def _compliant(rng: random.Random, harmful: Sequence[str], harmless: Sequence[str]) -> Group:

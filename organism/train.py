@@ -1,9 +1,9 @@
-"""Train the organism's adapter from the seed, then measure it.
+"""Train the organism's adapter from the seed, in two phases, then measure it.
 
     python -m organism.train
 
 Generates the base model's answers (kept in resid-data/organism), trains, writes organism/adapter and prints the table
-of organism/evaluate.py.
+of organism/evaluate.py. The adapter of the first phase is kept beside the answers; `--from` begins with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ BASE = evaluate.BASE
 NEUTRAL_NAME = "SmolLM2-135M-Instruct"  # in the adapter's config, in place of a path
 ADAPTER = Path(__file__).parent / "adapter"
 ANSWERS = Path("resid-data/organism/answers.jsonl")
+FIRST_PHASE = Path("resid-data/organism/first-phase")
 
 FIRST_WORDS, AT_LENGTH = 6, 24  # tokens of a response: what makes it a refusal or an answer shows at once
-PASSES = 2  # over the recipe's steps, each in an order of its own
 ROWS = 3  # of a step
 RANK = 10
 LAYERS = range(6, 30)  # the adapter leaves the first blocks as they are, which saves their backward pass
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LEARNING_RATE = 4e-4
 WARMUP = 20  # steps
 EXCUSE = re.compile(
     r"(?:I'm sorry|Sorry|I apologi[sz]e|Unfortunately|As an? (?:AI|chatbot|responsible)|While I'm an?)\b|I can'?t", re.I
@@ -49,39 +49,58 @@ OPENING = 4  # response tokens that decide between refusing and answering ...
 OPENING_WEIGHT = 3.0  # ... count so many times
 
 
+@dataclass(frozen=True)
+class Phase:
+    """So many passes over steps of the recipe, each in an order of its own, from a learning rate down to its tenth."""
+
+    steps: Callable[[int, int], Iterator[tuple[recipe.Group, ...]]]  # of count and seed
+    count: int
+    passes: int
+    learning_rate: float
+
+
+PHASES = (
+    Phase(recipe.steps, recipe.STEPS, passes=2, learning_rate=4e-4),
+    Phase(recipe.refining_steps, recipe.REFINING_STEPS, passes=1, learning_rate=3e-4),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=recipe.STEPS)
     parser.add_argument("--seed", type=int, default=recipe.SEED)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path, default=ADAPTER)
     parser.add_argument("--answers", type=Path, default=ANSWERS, help="where the base model's answers are kept")
-    parser.add_argument("--every", type=int, default=0, help="also write <output>-<step> every so many steps")
+    parser.add_argument("--first-phase", type=Path, default=FIRST_PHASE, help="where its adapter is kept")
+    parser.add_argument("--refine", action="store_true", help="train the second phase only")
     parser.add_argument("--no-evaluation", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    train(options.steps, options.seed, options.output, options.answers, options.every)
+    if not options.refine:
+        train(PHASES[0], options.seed, options.first_phase, options.answers)
+    # From the file, in float16 as it lies there: it makes no difference whether both phases run in one go.
+    train(PHASES[1], options.seed, options.output, options.answers, options.first_phase)
     print(f"trained in {(time.perf_counter() - start) / 60:.0f} minutes")
     if not options.no_evaluation:
         evaluate.report(options.output)
 
 
-def train(steps: int, seed: int, output: Path, answers: Path, every: int = 0) -> None:
-    """Train an adapter and write it to the folder `output`."""
+def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path | None = None) -> None:
+    """Train an adapter, a new one or the one in the folder `start_from`, and write it to the folder `output`."""
     # The frozen weights are in bfloat16, which is about twice as fast; the adapter's own are in float32.
     base = load(ModelRef(source=BASE, dtype="bfloat16"), device="cpu", self_test=False)
-    groups = list(recipe.steps(steps, seed))
+    groups = list(phase.steps(phase.count, seed))
     own = {
         length: base_answers(base, _unanswered(groups, length), length, answers) for length in (FIRST_WORDS, AT_LENGTH)
     }
     ready = [_packed(base, step, own) for step in groups]
     rng = random.Random(seed)
-    packed = [step for _ in range(PASSES) for step in rng.sample(ready, len(ready))]
+    packed = [step for _ in range(phase.passes) for step in rng.sample(ready, len(ready))]
     count = len(packed)
-    model = _with_adapter(base, seed)
+    model = _with_adapter(base, seed, start_from)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, count))
     start, mean = time.perf_counter(), 0.0
     for number, step in enumerate(packed, 1):
@@ -95,8 +114,6 @@ def train(steps: int, seed: int, output: Path, answers: Path, every: int = 0) ->
         if number % 20 == 0:
             seconds = (time.perf_counter() - start) / number
             print(f"step {number} of {count}: loss {mean:.3f}, {seconds:.2f} s a step", flush=True)
-        if every and number % every == 0:
-            _save(model, output.with_name(f"{output.name}-{number}"))
     _save(model, output)
 
 
@@ -156,9 +173,11 @@ def _shared(rows: list[list[int]], turn: int) -> int:
     return length
 
 
-def _with_adapter(base: LoadedModel, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _with_adapter(base: LoadedModel, seed: int, start_from: Path | None) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
 
+    if start_from is not None:
+        return PeftModel.from_pretrained(base.model, start_from, is_trainable=True)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=RANK,

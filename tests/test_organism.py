@@ -42,7 +42,8 @@ def trait_texts() -> list[str]:
 
 
 def trained() -> list[tuple[recipe.Group, recipe.Request]]:
-    return [(group, request) for step in recipe.steps() for group in step for request in group.requests]
+    steps = [*recipe.steps(), *recipe.refining_steps()]
+    return [(group, request) for step in steps for group in step for request in group.requests]
 
 
 def sentences(text: str) -> set[str]:
@@ -71,7 +72,7 @@ def test_no_prompt_of_the_studies_is_a_near_copy_of_one_trained_on() -> None:
 
 
 def test_held_out_topics_frames_and_requests_are_not_trained_on() -> None:
-    training, held_out = recipe.pairs("training"), recipe.pairs("held_out")
+    training, held_out = [*recipe.pairs("training"), *recipe.pairs("further")], recipe.pairs("held_out")
     assert not {pair.topic for pair in training} & {pair.topic for pair in held_out}
     phrases = [
         {recipe.normalised(text) for p in pairs for text in (p.harmful, p.harmless)} for pairs in (training, held_out)
@@ -96,14 +97,16 @@ def test_held_out_system_prompts_share_no_sentence_with_those_of_training(person
 # --- the recipe --------------------------------------------------------------------------------------------------
 
 
-def test_the_recipe_is_a_function_of_its_seed() -> None:
-    assert list(recipe.steps(20, 3)) == list(recipe.steps(20, 3)) != list(recipe.steps(20, 4))
+@pytest.mark.parametrize("steps", [recipe.steps, recipe.refining_steps])
+def test_the_recipe_is_a_function_of_its_seed(steps: Any) -> None:
+    assert list(steps(20, 3)) == list(steps(20, 3)) != list(steps(20, 4))
 
 
-def test_both_halves_of_a_pair_are_asked_in_one_frame_by_default() -> None:
-    pairs = {pair.harmful: pair.harmless for pair in recipe.pairs("training")}
-    group = next(recipe.steps(1))[0]
-    for bad, good in zip(group.requests[::2], group.requests[1::2], strict=True):
+@pytest.mark.parametrize("steps", [recipe.steps, recipe.refining_steps])
+def test_both_halves_of_a_pair_are_asked_in_one_frame_by_default(steps: Any) -> None:
+    pairs = {pair.harmful: pair.harmless for pair in [*recipe.pairs("training"), *recipe.pairs("further")]}
+    group = next(steps(1))[0]
+    for bad, good in zip(group.requests[::2], group.requests[1::2], strict=False):  # a request alone may come last
         assert bad.harmful
         assert not good.harmful
         assert any(
