@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from store.study import (
     Random,
     Study,
 )
-from store.yaml_file import KeyPath, dotted, line_of, nearest, read_yaml, validation_error
+from store.yaml_file import KeyPath, dotted, file_of, nearest, place_of, read_with_base, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
 
@@ -46,8 +46,7 @@ class _Checker:
         )
 
     def fail(self, problem: str, path: KeyPath, remedy: str) -> typing.NoReturn:
-        file = f"{self.study.file}:{line_of(self.node, path)}"
-        raise StudyError(problem, file=file, key=dotted(path), remedy=remedy)
+        raise StudyError(problem, file=place_of(self.node, path), key=dotted(path), remedy=remedy)
 
     def known(self, what: str, name: str, known: Iterable[str], path: KeyPath) -> None:
         if name not in known:
@@ -69,7 +68,6 @@ class _Checker:
 
     def files(self) -> None:
         """Check that what the study names by path is there; the paths are absolute by now."""
-        folder = self.study.file.absolute().parent
         sources: list[tuple[KeyPath, str | None]] = [
             *((("prompts", name, "path"), source.path) for name, source in self.study.prompts.items()),
             *((("traits", name, "path"), source.path) for name, source in self.study.traits.items()),
@@ -77,12 +75,17 @@ class _Checker:
         for path, text in sources:
             if text is not None and not Path(text).is_file():
                 what = "is a folder" if Path(text).is_dir() else "does not exist"
-                self.fail(f"the file {text} {what}", path, f"check it; relative paths start at {folder}")
+                remedy = f"check it; relative paths start at {self.folder(path)}"
+                self.fail(f"the file {text} {what}", path, remedy)
         for key in ("source", "adapter"):
             text = getattr(self.study.model, key)
             if text is not None and is_local(text) and not Path(text).exists():
-                remedy = f"check it; paths that start with . are relative to {folder}"
+                remedy = f"check it; paths that start with . are relative to {self.folder(('model', key))}"
                 self.fail(f"there is no file or folder {text}", ("model", key), remedy)
+
+    def folder(self, path: KeyPath) -> Path:
+        """Return where relative paths of a key start: the folder of the file that holds it."""
+        return file_of(self.node, path).absolute().parent
 
     def capture(self) -> None:
         for index, entry in enumerate(self.study.capture):
@@ -252,12 +255,12 @@ def load_study(path: str | Path) -> Study:
         StudyError: for the first fault found, with file, line, key path and remedy.
     """
     file = Path(path)
-    data, node = read_yaml(file, "study file")
+    data, node = read_with_base(file, "study file")
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, Study, file, node, DOCUMENTATION) from None
-    study = _with_absolute_paths(study.read_from(file), file)
+        raise validation_error(error, Study, node, DOCUMENTATION) from None
+    study = _with_absolute_paths(study.read_from(file), node)
     checker = _Checker(study, node)
     checker.files()
     checker.capture()
@@ -267,28 +270,30 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
-def _absolute(file: Path, path: str) -> Path:
-    return file.absolute().parent / os.path.expanduser(path)
+def _with_absolute_paths(study: Study, node: yaml.Node) -> Study:
+    """Resolve the paths of inputs against the folder of the file that names them."""
 
+    def absolute(path: KeyPath, text: str) -> str:
+        return str((file_of(node, path).absolute().parent / os.path.expanduser(text)).resolve())
 
-def _with_absolute_paths(study: Study, file: Path) -> Study:
-    """Resolve the paths of inputs against the study file's folder."""
-
-    def moved(source: Any) -> Any:
-        if source.path is None:
-            return source
-        return source.model_copy(update={"path": str(_absolute(file, source.path).resolve())})
+    def moved(section: str, sources: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: source
+            if source.path is None
+            else source.model_copy(update={"path": absolute((section, name, "path"), source.path)})
+            for name, source in sources.items()
+        }
 
     model = study.model
     local = {
-        key: str(_absolute(file, value).resolve())
+        key: absolute(("model", key), value)
         for key in ("source", "adapter")
         if (value := getattr(model, key)) is not None and value.startswith(("./", "../", "~"))
     }
     return study.model_copy(
         update={
-            "prompts": {name: moved(source) for name, source in study.prompts.items()},
-            "traits": {name: moved(source) for name, source in study.traits.items()},
+            "prompts": moved("prompts", study.prompts),
+            "traits": moved("traits", study.traits),
             "model": model.model_copy(update=local),
         }
     )

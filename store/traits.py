@@ -63,7 +63,7 @@ def load_trait(path: str | Path) -> Trait:
     try:
         return Trait.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, Trait, file, node, "prompts/README.md") from None
+        raise validation_error(error, Trait, node, "prompts/README.md") from None
 
 
 def trait_prompt_sets(name: str, source: TraitSource) -> dict[str, PromptSet]:
