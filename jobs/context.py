@@ -21,6 +21,7 @@ from store.prompts import Prompt, PromptSet, load_prompt_set, split_prompt_set
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.study import Study
+from store.study_choices import refuse_leaks
 from store.traits import trait_prompt_sets
 from store.yaml_file import where
 
@@ -83,6 +84,7 @@ class Context:
             sets.update(trait_prompt_sets(name, trait))
         if not self.study.allow_overlap:
             _refuse_leaks(sets, self.study.file)
+            refuse_leaks(self.study, sets)
         return sets
 
     @cached_property

@@ -11,8 +11,8 @@ from jobs.geometry import pending_projections
 from jobs.replay import ReplayPlan
 from jobs.score import study_judges, unscored
 from jobs.stage import study_from
-from store.conditions import expand_sweeps
 from store.errors import MissingDataError
+from store.study_expand import expand_conditions
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,16 +75,19 @@ def _replay(context: Context, inputs: CaptureInputs) -> list[str]:
     todo = sum(len(block.items) for _, blocks in groups for block in blocks)
     total = 0
     lines = []
-    for name, _, _, spec in expand_sweeps(replay):
-        prompts = {prompt.id for _, prompt in context.prompts_of(spec.prompts or replay.prompts)}
+    for item in expand_conditions(replay):
+        prompts = {prompt.id for _, prompt in context.prompts_of(item.spec.prompts or replay.prompts)}
         total += len(prompts) * len(replay.seeds)
-        lines.append(f"  condition {name}: {len(prompts)} prompts x {len(replay.seeds)} seed(s)")
+        lines.append(f"  condition {item.name}: {len(prompts)} prompts x {len(replay.seeds)} seed(s)")
     later = total - todo - found
     head = f"replay: {todo} generations to make now, {found} found"
     if later > 0:
-        head += f", {later} once their directions are computed"
+        head += f", {later} once what they use is computed or chosen"
     lines.insert(0, f"{head}; at most {replay.decoding.max_new_tokens} tokens each")
-    lines += [f"  waits: {line}" for line in plan.waiting]
+    for choice in plan.chooser.made.values():
+        values = ", ".join(f"${key} = {value}" for key, value in choice.values.items())
+        lines.append(f"  choice {choice.name} ({choice.status}): {values}")
+    lines += [f"  waits: {line}" for line in (*plan.waiting, *plan.chooser.waiting.values())]
     asked, scored = unscored(context, study_judges(context))
     pending = sum(map(len, asked.values())) + (total - found) * len(context.study.judges)
     lines.append(f"score: {pending} scores to make, {scored} found")

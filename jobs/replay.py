@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jobs.choices import Chooser
 from jobs.context import Context, StageReport, block_id, table_of, versions
 from jobs.directions import known_directions
 from jobs.progress import Progress
@@ -25,6 +26,7 @@ from store.directions import Direction
 from store.errors import MissingDataError
 from store.fingerprint import canonical_json
 from store.rows import Row
+from store.study_choices import with_choices
 
 if TYPE_CHECKING:
     from jobs.capture import CaptureInputs
@@ -58,19 +60,33 @@ class ReplayPlan:
         except MissingDataError:
             self.directions = {}
         identity = context.identity
-        self.conditions, waiting = resolve_conditions(
-            self.replay, self.directions, identity.n_layers, identity.fingerprint, study.file
-        )
-        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in waiting]
         monitor = self.replay.monitor
         self.monitor: MonitorPlan | None = resolve_monitor(monitor, self.directions, identity.n_layers)
         # A condition without interventions may be what directions are made from: it cannot wait for what is monitored.
         self.monitor_waits = monitor is not None and self.monitor is None
+        self.chooser = Chooser(context, self.texts)
+        self._resolve()
+        while not self.monitor_waits and self.chooser.advance(self.conditions):
+            self._resolve()
+
+    def _resolve(self) -> None:
+        """Resolve the conditions that can be, with the choices made so far; say what the others wait for."""
+        identity = self.context.identity
+        ready, open_ = with_choices(self.replay, self.chooser.values)
+        self.conditions, later = resolve_conditions(
+            ready, self.directions, identity.n_layers, identity.fingerprint, self.context.study.file
+        )
+        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in later]
+        for name, choices in open_.items():
+            self.waiting.append(f"condition {name!r}: {', '.join(map(repr, sorted(choices)))} is not chosen yet")
 
     def monitor_of(self, condition: Condition) -> MonitorPlan | None:
         """Return what is recorded under a condition: nothing where its texts feed the capture of responses."""
         feeds = {entry.responses for entry in self.context.study.capture}
-        return None if condition.name in feeds else self.monitor
+        monitor = self.replay.monitor
+        only = None if monitor is None else monitor.conditions
+        unwatched = only is not None and not {condition.name, condition.base} & set(only)
+        return None if condition.name in feeds or unwatched else self.monitor
 
     def decoding_key(self, condition: Condition) -> str:
         return decoding_key(self.replay.decoding, self.monitor_of(condition))
@@ -132,6 +148,7 @@ class ReplayPlan:
             for item in self.wanted
         ]
         results = self.context.results
+        self.chooser.write()
         results.replace("conditions", study, table_of("conditions", conditions))
         results.replace("replay_rows", study, table_of("replay_rows", asked))
 
@@ -196,7 +213,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     plan = ReplayPlan(context)
     plan.write_tables()
     groups, report.cached = plan.blocks()
-    report.waiting = plan.waiting
+    report.waiting = [*plan.waiting, *plan.chooser.waiting.values()]
     from pipeline.workers import ReplayWorker
 
     for monitor, blocks in groups:

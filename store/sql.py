@@ -42,6 +42,9 @@ VIEWS: dict[str, str] = {
     "cosines": "signed cosines of every pair of directions at every layer",
     "projections": "projection of every row on every direction",
     "conditions": "what each study replays, sweeps expanded",
+    "choices": "what each study chose by measuring, with its rule",
+    "choice_candidates": "every candidate of every choice, with its rate and rank",
+    "comparisons": "conditions compared prompt by prompt, with paired intervals and corrected p-values",
     "generations": "the texts that current studies ask for",
     "all_generations": "every text ever written, as stored",
     "monitored": "projections recorded while generating",
@@ -78,6 +81,9 @@ CREATE VIEW rows AS SELECT * FROM stored.rows
 CREATE VIEW directions AS SELECT * FROM stored.directions;
 CREATE VIEW cosines AS SELECT * FROM stored.cosines;
 CREATE VIEW conditions AS SELECT * FROM stored.conditions;
+CREATE VIEW choices AS SELECT * FROM stored.choices;
+CREATE VIEW choice_candidates AS SELECT * FROM stored.choice_candidates;
+CREATE VIEW comparisons AS SELECT * FROM stored.comparisons;
 CREATE VIEW projections AS
     SELECT DISTINCT ON (model, row_key, direction, direction_key, component, layer, position) * FROM stored.projections;
 CREATE VIEW monitored AS
@@ -276,6 +282,7 @@ def _sql_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"{_sql_type(kind.value_type)}[]"
     names = {"string": "VARCHAR", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT", "double": "DOUBLE"}
+    names["bool"] = "BOOLEAN"
     return "TIMESTAMP WITH TIME ZONE" if pa.types.is_timestamp(kind) else names[str(kind)]
 
 

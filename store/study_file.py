@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from store.conditions import directions_used, expand_sweeps
-from store.errors import StudyError
+from store.conditions import directions_used
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
 from store.study import (
@@ -25,32 +23,26 @@ from store.study import (
     Random,
     Study,
 )
-from store.yaml_file import KeyPath, dotted, file_of, nearest, place_of, read_with_base, validation_error
+from store.study_checks import Complaints, check_choices, check_comparisons
+from store.study_choices import without_idle_candidates
+from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
 
 
-class _Checker:
-    """Cross-references of a study; every complaint carries file, line and key path."""
+class _Checker(Complaints):
+    """Cross-references of a study."""
 
     def __init__(self, study: Study, node: yaml.Node):
-        self.study, self.node = study, node
+        super().__init__(study, node)
         traits = {f"{name}.{side}" for name in study.traits for side in ("positive", "negative")}
         parts = {f"{n}@{p}" for n, source in study.prompts.items() if source.split for p in source.split.parts}
         self.prompt_sets = set(study.prompts) | parts | traits
-        # Sweeps expanded, with the prompt sets that each condition replays.
-        self.conditions = (
-            {name: spec.prompts or study.replay.prompts for name, _, _, spec in expand_sweeps(study.replay)}
-            if study.replay
-            else {}
-        )
-
-    def fail(self, problem: str, path: KeyPath, remedy: str) -> typing.NoReturn:
-        raise StudyError(problem, file=place_of(self.node, path), key=dotted(path), remedy=remedy)
-
-    def known(self, what: str, name: str, known: Iterable[str], path: KeyPath) -> None:
-        if name not in known:
-            self.fail(f"no {what} is named {name!r}", path, nearest(name, known))
+        self.single = self.expanded()
+        # Every single condition with the prompt sets that it replays.
+        self.conditions = {
+            item.name: item.spec.prompts or study.replay.prompts for item in self.single if study.replay is not None
+        }
 
     def prompts(self, names: Iterable[str], path: KeyPath) -> None:
         for name in names:
@@ -163,8 +155,8 @@ class _Checker:
         needed = [other for _, other in references(spec)]
         if isinstance(spec, DifferenceOfMeans) and spec.responses is not None:
             assert self.study.replay is not None
-            interventions = self.study.replay.conditions[spec.responses.partition("[")[0]]
-            needed += sorted(directions_used(interventions) & set(self.study.directions))
+            used = {used for item in self.single if item.name == spec.responses for used in directions_used(item.spec)}
+            needed += sorted(used & set(self.study.directions))
         for other in needed:
             self.acyclic(other, (*trail, name))
 
@@ -189,7 +181,8 @@ class _Checker:
             return
         replay, specs = self.study.replay, self.study.directions
         self.prompts(replay.prompts, ("replay", "prompts"))
-        for name, condition in replay.conditions.items():
+        for item in self.single:
+            name, condition = item.base, item.spec
             path: KeyPath = ("replay", "conditions", name)
             self.prompts(condition.prompts or [], (*path, "prompts"))
             if condition.control_of is not None:
@@ -197,26 +190,21 @@ class _Checker:
                 self.known("condition", condition.control_of, known, (*path, "control_of"))
                 if condition.control_of.partition("[")[0] == name:
                     self.fail("a condition is no control of itself", (*path, "control_of"), "name another condition")
-            sweeps = 0
             for index, intervention in enumerate(condition.interventions):
                 here: KeyPath = (*path, "interventions", index)
                 if isinstance(intervention, Add):
                     self.known("direction", intervention.add, specs, (*here, "add"))
-                    sweeps += isinstance(intervention.coefficient, list)
                     if isinstance(intervention.norm, MatchNorm):
                         self.known("direction", intervention.norm.match, specs, (*here, "norm", "match"))
                 else:
                     for direction in intervention.project_out:
                         self.known("direction", direction, specs, (*here, "project_out"))
-            if sweeps > 1:
-                self.fail(
-                    "two interventions sweep their coefficient",
-                    (*path, "interventions"),
-                    "write one condition per combination",
-                )
         if replay.monitor is not None:
             for direction in replay.monitor.directions:
                 self.known("direction", direction, specs, ("replay", "monitor", "directions"))
+            for name in replay.monitor.conditions or []:
+                known = [*replay.conditions, *self.conditions]
+                self.known("condition", name, known, ("replay", "monitor", "conditions"))
 
 
 def references(spec: object) -> list[tuple[str, str]]:
@@ -260,13 +248,17 @@ def load_study(path: str | Path) -> Study:
         study = Study.model_validate(data)
     except ValidationError as error:
         raise validation_error(error, Study, node, DOCUMENTATION) from None
-    study = _with_absolute_paths(study.read_from(file), node)
+    study = without_idle_candidates(_with_absolute_paths(study.read_from(file), node))
     checker = _Checker(study, node)
     checker.files()
     checker.capture()
     checker.replay()
     checker.directions()
     checker.geometry()
+    for selection in study.select.values():
+        checker.prompts(selection.sets, ("select",))
+    check_choices(checker, checker.conditions)
+    check_comparisons(checker, checker.conditions)
     return study
 
 
