@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         "geometry": "cosines of directions, projections of rows",
         "replay": "generate text under interventions",
         "score": "label the texts with the study's judges",
+        "compare": "compare conditions prompt by prompt, as the study plans",
     }
     for stage in STAGES:
         add_study_arguments(commands.add_parser(stage, help=helps[stage]))

@@ -20,7 +20,7 @@ from store.study import Study
 from store.study_file import load_study
 from store.yaml_file import where
 
-STAGES = ("capture", "directions", "geometry", "replay", "score")
+STAGES = ("capture", "directions", "geometry", "replay", "score", "compare")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -42,7 +42,7 @@ ONE_PLACE = {
     "datasets": ("store/prompt",),
 }
 # Stages that work from what is stored: the model's libraries stay out of their process.
-WITHOUT_TORCH = ("directions", "geometry", "score", "sql", "report")
+WITHOUT_TORCH = ("directions", "geometry", "score", "compare", "sql", "report")
 
 
 def name_of(path: Path) -> str:
