@@ -27,7 +27,8 @@ from store.layers import LayerNumber, Layers
 from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
 from store.sites import Component
-from store.study_types import CapturePosition, Name, Names, Position, Scalar, SetName, StudyName, distinct
+from store.study_traits import Keep, TraitSource
+from store.study_types import CapturePosition, JudgeOption, Name, Names, Position, Scalar, SetName, StudyName, distinct
 from store.yaml_file import fault, nearest
 
 
@@ -102,17 +103,6 @@ class PromptSource(Strict):
         return self
 
 
-class TraitSource(Strict):
-    """A trait file; it adds the prompt sets ``<name>.positive`` and ``<name>.negative``.
-
-    Each set is every instruction (as the system prompt) with every question (as the user's turn).
-    """
-
-    path: str
-    instructions: int | None = Field(default=None, ge=1, description="use only the first so many of each side")
-    questions: int | None = Field(default=None, ge=1, description="use only the first so many")
-
-
 class CaptureEntry(Strict):
     """What to read of which prompts."""
 
@@ -121,6 +111,7 @@ class CaptureEntry(Strict):
     layers: Layers = "all"
     positions: list[CapturePosition] = Field(default=["prompt_end"], min_length=1)
     responses: str | None = Field(default=None, description="capture with the text generated under this condition")
+    keep: Keep | None = Field(default=None, description="trait: of a trait's answers, only those that count")
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     @field_validator("components", "positions")
@@ -138,6 +129,7 @@ class DifferenceOfMeans(Strict):
     component: Component = "resid_post"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
     @field_validator("positive", "negative", mode="before")
     @classmethod
@@ -214,6 +206,7 @@ class ProjectionsSpec(Strict):
     directions: Literal["all"] | Names = "all"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
 
 class Geometry(Strict):
@@ -375,7 +368,7 @@ class Study(Strict):
     directions: dict[Name, DirectionSpec] = {}
     geometry: Geometry = Geometry()
     replay: Replay | None = None
-    judges: dict[str, dict[str, Scalar]] = {"refusal_phrases": {}, "degenerate": {}}
+    judges: dict[str, dict[str, JudgeOption]] = {"refusal_phrases": {}, "degenerate": {}}
     token_budget: int | None = Field(
         default=None, ge=1, description="tokens (padding included) in one capture batch; default: by device"
     )
