@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from store.references import Value
-from store.study_select import Keep, Outcome, Selection
+from store.study_select import Bound, Outcome, Selection
 
 TIES = "the first candidate in the study's order"
 
@@ -89,7 +89,7 @@ def choose(selection: Selection, candidates: Sequence[Measured], against: Measur
     return Ranking(below, verdicts, best.candidate, tied)
 
 
-def _fault(keep: Keep, candidate: Measured, against: Measured) -> str:
+def _fault(keep: Bound, candidate: Measured, against: Measured) -> str:
     rate = candidate.rate(keep.outcome, keep.prompts)
     where = ", ".join(keep.prompts)
     if keep.at_most is not None:

@@ -16,7 +16,7 @@ EPILOG = "A study file says everything; studies/demo.yaml documents its keys."
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    from jobs import report, sql, store, verify
+    from jobs import report, sql, store, traits, verify
 
     parser = argparse.ArgumentParser(
         prog="resid", description="Residual-stream directions in chat models.", epilog=EPILOG
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--store", metavar="URL", help="activation store, for the functions that read activations")
     sql.add_arguments(ask)
     verify.add_arguments(commands.add_parser("verify", help="check every committed byte"))
+    traits.add_arguments(commands.add_parser("traits", help="check trait files, and list what is wrong"))
     store.add_arguments(commands.add_parser("store", help="the activation store: ls, verify, gc, export, import"))
     return parser
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from jobs import plan, report, run, sql, store, verify
+    from jobs import plan, report, run, sql, store, traits, verify
 
     command: str = arguments.command
     if command in STAGES:
@@ -63,6 +64,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         places = [Location.of(verify.place(what, getattr(arguments, what), study)) for what in ("results", "store")]
         return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run, "store": store.run}
+    handlers["traits"] = traits.run
     return int(handlers[command](arguments) or 0)
 
 

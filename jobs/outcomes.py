@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jobs.context import Context
-from jobs.score import study_judges
+from jobs.judging import study_judges
 from store.errors import StudyError
 from store.study_select import Outcome
 from store.yaml_file import where
@@ -16,7 +16,7 @@ class Outcomes:
 
     def __init__(self, context: Context):
         self.context = context
-        judges = study_judges(context)
+        judges = [one for one in study_judges(context.study) if one.measures in ("refusal", "degenerate")]
         self.judges = {judge.name: judge.version for judge in judges}
         self.measures = {judge.name: judge.measures for judge in judges}
         columns = ["generation_key", "judge", "judge_version", "label", "error"]

@@ -82,11 +82,16 @@ class ReplayPlan:
 
     def monitor_of(self, condition: Condition) -> MonitorPlan | None:
         """Return what is recorded under a condition: nothing where its texts feed the capture of responses."""
-        feeds = {entry.responses for entry in self.context.study.capture}
         monitor = self.replay.monitor
         only = None if monitor is None else monitor.conditions
         unwatched = only is not None and not {condition.name, condition.base} & set(only)
-        return None if condition.name in feeds or unwatched else self.monitor
+        return None if condition.name in self.feeds or unwatched else self.monitor
+
+    @cached_property
+    def feeds(self) -> set[str | None]:
+        """The conditions whose texts are captured, or are user personas' turns."""
+        study = self.context.study
+        return {entry.responses for entry in study.capture} | {trait.answers for trait in study.traits.values()}
 
     def decoding_key(self, condition: Condition) -> str:
         return decoding_key(self.replay.decoding, self.monitor_of(condition))
@@ -94,17 +99,20 @@ class ReplayPlan:
     @cached_property
     def wanted(self) -> list[Wanted]:
         """Every text of every condition whose inputs are there, in the study's order."""
-        feeds = {entry.responses for entry in self.context.study.capture}
         found: list[Wanted] = []
         for condition in self.conditions:
-            if self.monitor_waits and condition.name not in feeds:
+            if self.monitor_waits and condition.name not in self.feeds:
                 self.waiting.append(f"condition {condition.name!r}: the monitored directions are not computed yet")
                 continue
+            for name in condition.prompts:
+                if name in self.context.pending_sets:
+                    why = f"the prompt set {name!r}: {self.context.pending_sets[name]}"
+                    self.waiting.append(f"condition {condition.name!r}: {why}")
             found.extend(self.texts(condition))
         return found
 
     def texts(self, condition: Condition) -> Iterator[Wanted]:
-        """Yield every text of one condition."""
+        """Yield every text of one condition whose prompt set can be made now."""
         how = self.decoding_key(condition)
         for name, prompt in self.context.prompts_of(condition.prompts):
             row = self.inputs.prompt_row(prompt.id, with_response=False)
@@ -152,12 +160,17 @@ class ReplayPlan:
         results.replace("conditions", study, table_of("conditions", conditions))
         results.replace("replay_rows", study, table_of("replay_rows", asked))
 
+    @cached_property
+    def done(self) -> set[str]:
+        """The generations that are committed."""
+        table = self.context.results.read("generations", columns=["generation_key"])
+        return set(table.column("generation_key").to_pylist())
+
     def blocks(self) -> tuple[list[tuple[MonitorPlan | None, list[ReplayBlock]]], int]:
         """Return the blocks of texts that are not committed yet, by what is monitored, and how many texts are there."""
         from pipeline.workers import ReplayBlock, ReplayItem
 
-        results = self.context.results
-        done = set(results.read("generations", columns=["generation_key"]).column("generation_key").to_pylist())
+        done = self.done
         todo: dict[str, ReplayItem] = {}
         plain: set[str] = set()
         asked = set()

@@ -29,6 +29,7 @@ from store.location import Location
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.sql_activations import add_functions
+from store.sql_verdicts import VERDICTS
 
 REMOTE = "resid-results"  # protocol under which DuckDB sees results that are not on local disk
 Z95 = NormalDist().inv_cdf(0.975)
@@ -51,6 +52,7 @@ VIEWS: dict[str, str] = {
     "scores": "judge scores of the generations that current studies ask for",
     "all_scores": "every score ever written, as stored",
     "labels": "per generation and refusal judge: refusal, degenerate, verdict (NULL where not scored)",
+    "verdicts": "per generation and refusal judge the paper's label: refusal, bypass, degenerate (NULL: not scored)",
     "refusal_rates": "refusals per condition with 95% Wilson intervals, seeds pooled",
     "refusal_rates_by_seed": "the same for each seed",
 }
@@ -120,7 +122,8 @@ CREATE VIEW stored.asked_judges AS
     UNION ALL BY NAME
     SELECT study, judge, judge_version, CASE
         WHEN bool_or(label IN ('refusal', 'no_refusal')) THEN 'refusal'
-        WHEN bool_or(label IN ('degenerate', 'cut', 'intact')) THEN 'degenerate' END AS measures
+        WHEN bool_or(label IN ('degenerate', 'cut', 'intact')) THEN 'degenerate'
+        WHEN bool_or(label IN ('unsafe', 'safe')) THEN 'unsafe' END AS measures
     FROM generations JOIN stored.unique_scores USING (generation_key)
     WHERE study NOT IN (SELECT study FROM stored.judges)
     GROUP BY study, judge, judge_version;
@@ -202,6 +205,7 @@ def connect(results: Location, activations: Location | None = None) -> duckdb.Du
         for table in TABLES:
             connection.execute(f"CREATE VIEW stored.{table} AS {_select_files(table, store.files(table))}")
         connection.execute(_STATEMENTS)
+        connection.execute(VERDICTS)
     except duckdb.Error as error:
         connection.close()
         raise QueryError(f"{results}: {_message(error)}\n  `resid verify` lists missing and damaged files") from error

@@ -27,7 +27,19 @@ from store.ray_settings import RaySettings
 from store.references import Reference, Value
 from store.sites import Component
 from store.study_select import Comparison, Selection
-from store.study_types import CapturePosition, Name, Names, Position, Scalar, SetName, Strict, StudyName, distinct
+from store.study_traits import Keep, TraitSource
+from store.study_types import (
+    CapturePosition,
+    JudgeOption,
+    Name,
+    Names,
+    Position,
+    Scalar,
+    SetName,
+    Strict,
+    StudyName,
+    distinct,
+)
 from store.yaml_file import fault, nearest
 
 
@@ -96,17 +108,6 @@ class PromptSource(Strict):
         return self
 
 
-class TraitSource(Strict):
-    """A trait file; it adds the prompt sets ``<name>.positive`` and ``<name>.negative``.
-
-    Each set is every instruction (as the system prompt) with every question (as the user's turn).
-    """
-
-    path: str
-    instructions: int | None = Field(default=None, ge=1, description="use only the first so many of each side")
-    questions: int | None = Field(default=None, ge=1, description="use only the first so many")
-
-
 class CaptureEntry(Strict):
     """What to read of which prompts."""
 
@@ -115,6 +116,7 @@ class CaptureEntry(Strict):
     layers: Layers = "all"
     positions: list[CapturePosition] = Field(default=["prompt_end"], min_length=1)
     responses: str | None = Field(default=None, description="capture with the text generated under this condition")
+    keep: Keep | None = Field(default=None, description="trait: of a trait's answers, only those that count")
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     @field_validator("components", "positions")
@@ -132,6 +134,7 @@ class DifferenceOfMeans(Strict):
     component: Component = "resid_post"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
     @field_validator("positive", "negative", mode="before")
     @classmethod
@@ -208,6 +211,7 @@ class ProjectionsSpec(Strict):
     directions: Literal["all"] | Names = "all"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
 
 class Geometry(Strict):
@@ -375,10 +379,8 @@ class Study(Strict):
     replay: Replay | None = None
     select: dict[Name, Selection] = {}
     comparisons: dict[Name, Comparison] = {}
-    judges: dict[str, dict[str, Scalar]] = {"refusal_phrases": {}, "degenerate": {}}
-    token_budget: int | None = Field(
-        default=None, ge=1, description="tokens (padding included) in one capture batch; default: by device"
-    )
+    judges: dict[str, dict[str, JudgeOption]] = {"refusal_phrases": {}, "degenerate": {}}
+    token_budget: int | None = Field(default=None, ge=1, description="padded tokens in a capture batch")
     block_rows: int | None = Field(default=None, ge=1, description="rows in one capture block; default: by size")
     compression: Literal["none", "zstd"] = Field(default="none", description="of new captures; zstd on object storage")
     store: str = Field(default="resid-data/store", min_length=1)

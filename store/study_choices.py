@@ -106,7 +106,8 @@ def refuse_leaks(study: Study, sets: Mapping[str, PromptSet]) -> None:
                 used.update(dict.fromkeys(getattr(spec, side, ()), "what directions are computed from"))
         for name in selection.sets:
             own = {prompt.conversation for prompt in sets[name].prompts}
-            for other, why in used.items():
+            # Turns of user personas are the model's own words; they are not among the sets yet.
+            for other, why in ((other, why) for other, why in used.items() if other in sets):
                 shared = next((prompt for prompt in sets[other].prompts if prompt.conversation in own), None)
                 if shared is not None:
                     key = f"select.{choice}.prompts"

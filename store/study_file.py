@@ -25,6 +25,7 @@ from store.study import (
 )
 from store.study_checks import Complaints, check_choices, check_comparisons
 from store.study_choices import without_idle_candidates
+from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
@@ -35,7 +36,7 @@ class _Checker(Complaints):
 
     def __init__(self, study: Study, node: yaml.Node):
         super().__init__(study, node)
-        traits = {f"{name}.{side}" for name in study.traits for side in ("positive", "negative")}
+        traits = {each for name, source in study.traits.items() for each in source.set_names(name)}
         parts = {f"{n}@{p}" for n, source in study.prompts.items() if source.split for p in source.split.parts}
         self.prompt_sets = set(study.prompts) | parts | traits
         self.single = self.expanded()
@@ -48,11 +49,11 @@ class _Checker(Complaints):
         for name in names:
             self.known("prompt set", name, self.prompt_sets, path)
 
-    def responses(self, condition: str | None, path: KeyPath) -> None:
-        """Check that `responses` names what generates them: one condition, and no whole sweep."""
+    def responses(self, condition: str | None, path: KeyPath, key: str = "responses") -> None:
+        """Check that `responses` (or another key) names what generates them: one condition, and no whole sweep."""
         if condition is None or condition in self.conditions:
             return
-        here = (*path, "responses")
+        here = (*path, key)
         steps = [name for name in self.conditions if name.startswith(f"{condition}[")]
         if steps:
             self.fail(f"the condition {condition!r} is a sweep", here, f"name one of {', '.join(steps)}")
@@ -79,11 +80,33 @@ class _Checker(Complaints):
         """Return where relative paths of a key start: the folder of the file that holds it."""
         return file_of(self.node, path).absolute().parent
 
+    def traits(self) -> None:
+        for name, source in self.study.traits.items():
+            if source.answers is not None:
+                path: KeyPath = ("traits", name)
+                self.responses(source.answers, path, "answers")
+                self.replayed(source.answers, (trait_set_name(name, "model", side) for side in SIDES), path, "answers")
+
+    def kept(self, keep: str | None, names: Iterable[str], responses: str | None, path: KeyPath) -> None:
+        """Check that answers can be kept: they are a trait's, and generated."""
+        here = (*path, "keep")
+        for name in names if keep else ():
+            part = parse_trait_set(name)
+            if part is None:
+                self.fail(f"{name!r} is no prompt set of a trait: it has no answers to keep", here, "delete keep")
+            source = self.study.traits[part.trait]
+            if part.family == "user" and source.keep == "all":
+                remedy = f"set traits.{part.trait}.keep: trait"
+                self.fail(f"{name!r} was made of all answers, and holds no others to choose from", here, remedy)
+            if part.family == "model" and responses is None:
+                self.fail("there are no answers to keep", here, "set `responses:` to the replay condition that answers")
+
     def capture(self) -> None:
         for index, entry in enumerate(self.study.capture):
             path: KeyPath = ("capture", index)
             self.prompts(entry.prompts, (*path, "prompts"))
             self.responses(entry.responses, path)
+            self.kept(entry.keep, entry.prompts, entry.responses, path)
             if entry.responses is not None:
                 self.replayed(entry.responses, entry.prompts, path)
                 continue
@@ -97,23 +120,32 @@ class _Checker(Complaints):
                         "set `responses:` to a replay condition, or name a response column of the prompt file",
                     )
 
-    def replayed(self, condition: str, prompts: Iterable[str], path: KeyPath) -> None:
+    def replayed(self, condition: str, prompts: Iterable[str], path: KeyPath, key: str = "responses") -> None:
         """Check that a condition generates responses to those prompts."""
         replayed = self.conditions[condition]
         for name in prompts:
             if name not in replayed and name.partition("@")[0] not in replayed:
                 self.fail(
                     f"condition {condition!r} does not replay the prompt set {name!r}",
-                    (*path, "responses"),
+                    (*path, key),
                     f"add it to replay.conditions.{condition.partition('[')[0]}.prompts",
                 )
 
     def captured(
-        self, names: Iterable[str], component: str, position: str, responses: str | None, path: KeyPath
+        self,
+        names: Iterable[str],
+        component: str,
+        position: str,
+        responses: str | None,
+        keep: str | None,
+        path: KeyPath,
     ) -> None:
         """Check that some capture entry holds what a direction or projection reads."""
         for name in names:
-            if not any(captures_of(self.study, name, component, position, responses)):
+            if not any(captures_of(self.study, name, component, position, responses, keep)):
+                if keep is None and any(captures_of(self.study, name, component, position, responses, "trait")):
+                    problem = f"only the answers to {name!r} that count are captured"
+                    self.fail(problem, path, "add `keep: trait` here, or capture an entry without it")
                 suffix = f" with responses {responses!r}" if responses else ""
                 self.fail(
                     f"nothing captures {component} at {position} of {name!r}{suffix}",
@@ -135,7 +167,8 @@ class _Checker(Complaints):
                 self.responses(spec.responses, path)
                 for side, names in (("positive", spec.positive), ("negative", spec.negative)):
                     self.prompts(names, (*path, side))
-                    self.captured(names, spec.component, spec.position, spec.responses, (*path, side))
+                    self.captured(names, spec.component, spec.position, spec.responses, spec.keep, (*path, side))
+                    self.kept(spec.keep, names, spec.responses, path)
                 for shared in [name for name in spec.negative if name in spec.positive]:
                     self.fail(f"{shared!r} is on both sides", (*path, "negative"), "name it on one side")
         for name in specs:
@@ -153,9 +186,10 @@ class _Checker(Complaints):
             self.fail(f"directions depend on each other: {loop}", ("directions", name), "break the loop")
         spec = self.study.directions[name]
         needed = [other for _, other in references(spec)]
-        if isinstance(spec, DifferenceOfMeans) and spec.responses is not None:
-            assert self.study.replay is not None
-            used = {used for item in self.single if item.name == spec.responses for used in directions_used(item.spec)}
+        if isinstance(spec, DifferenceOfMeans):
+            turns = [part.trait for n in (*spec.positive, *spec.negative) if (part := parse_trait_set(n)) is not None]
+            conditions = {spec.responses, *(self.study.traits[trait].answers for trait in turns)} - {None}
+            used = {used for one in self.single if one.name in conditions for used in directions_used(one.spec)}
             needed += sorted(used & set(self.study.directions))
         for other in needed:
             self.acyclic(other, (*trail, name))
@@ -169,12 +203,14 @@ class _Checker(Complaints):
             path: KeyPath = ("geometry", "projections", index)
             self.prompts(projection.prompts, (*path, "prompts"))
             self.responses(projection.responses, path)
+            self.kept(projection.keep, projection.prompts, projection.responses, path)
             names = list(specs) if projection.directions == "all" else projection.directions
             for name in names:
                 self.known("direction", name, specs, (*path, "directions"))
                 component = component_of(self.study, name)
                 here = (*path, "prompts")
-                self.captured(projection.prompts, component, projection.position, projection.responses, here)
+                source = (component, projection.position, projection.responses, projection.keep)
+                self.captured(projection.prompts, *source, here)
 
     def replay(self) -> None:
         if self.study.replay is None:
@@ -227,11 +263,16 @@ def component_of(study: Study, direction: str) -> str:
 
 
 def captures_of(
-    study: Study, prompt_set: str, component: str, position: str, responses: str | None
+    study: Study, prompt_set: str, component: str, position: str, responses: str | None, keep: str | None = None
 ) -> Iterator[CaptureEntry]:
-    """Yield the capture entries that read a component and position of a prompt set."""
+    """Yield the capture entries that read a component and position of a prompt set: of all its answers, or with `keep`
+    of those that count (an entry that captures all of them will do)."""
+    part = parse_trait_set(prompt_set)
+    if part is not None and part.family == "user":
+        keep = "trait"  # its prompts are chosen already
     for entry in study.capture:
         named = prompt_set in entry.prompts or prompt_set.partition("@")[0] in entry.prompts
+        named &= entry.keep in (None, keep)
         if named and component in entry.components and position in entry.positions and entry.responses == responses:
             yield entry
 
@@ -251,6 +292,7 @@ def load_study(path: str | Path) -> Study:
     study = without_idle_candidates(_with_absolute_paths(study.read_from(file), node))
     checker = _Checker(study, node)
     checker.files()
+    checker.traits()
     checker.capture()
     checker.replay()
     checker.directions()

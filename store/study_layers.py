@@ -71,7 +71,7 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
     if isinstance(spec, DifferenceOfMeans):
         each = []
         for prompts in [*spec.positive, *spec.negative]:
-            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses)
+            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses, spec.keep)
             each.append({layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)})
     else:
         each = [direction_layers(study, other, n_layers) for _, other in references(spec)]

@@ -15,7 +15,7 @@ Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 OneOrMore = Annotated[Names, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-class Keep(Strict):
+class Bound(Strict):
     """What a candidate must keep to: a rate of an outcome, or how far it may move from the rate under `against`."""
 
     outcome: Outcome
@@ -24,7 +24,7 @@ class Keep(Strict):
     change_at_most: Rate | None = None
 
     @model_validator(mode="after")
-    def _one_bound(self) -> Keep:
+    def _one_bound(self) -> Bound:
         if (self.at_most is None) == (self.change_at_most is None):
             raise fault("give exactly one of at_most and change_at_most", "write at_most: 0.1, say")
         return self
@@ -44,7 +44,7 @@ class Selection(Strict):
     outcome: Outcome = "refusal"
     want: Literal["lowest", "highest"] = "lowest"
     change_at_least: Rate = 0.0
-    keep: list[Keep] = []
+    keep: list[Bound] = []
     judge: str | None = Field(default=None, description="of refusals, where the study has several")
     otherwise: dict[Name, Value] | None = Field(default=None, description="if no candidate passes; recorded as such")
     given: dict[Name, Value] | None = None

@@ -11,6 +11,7 @@ from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
 
 Scalar = str | int | float | bool | None
+JudgeOption = Scalar | list[Scalar]
 
 
 class Strict(BaseModel):

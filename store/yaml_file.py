@@ -73,7 +73,10 @@ def read_yaml(path: Path, what: str) -> tuple[dict[str, Any], yaml.Node]:
     except OSError as error:
         raise StudyError(f"cannot read the {what}: {error.strerror}", file=str(path), remedy="check the path") from None
     except UnicodeDecodeError as error:
-        raise StudyError(f"the {what} is not UTF-8: {error}", file=str(path), remedy="save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StudyError(
+            f"the {what} is not UTF-8: {error}", file=f"{path}:{line}", remedy="save it as UTF-8"
+        ) from None
     try:
         node = _composed(text, path)
         data = yaml.load(text, Loader=_Loader)
