@@ -1,7 +1,6 @@
 """The study file: what one study captures, computes, replays and judges.
 
-`studies/demo.yaml` documents every key by example; here are their types. Reading and cross-checking a file is the
-business of `store.study_file`.
+`studies/demo.yaml` documents every key by example; here are their types. `store.study_file` reads and checks a file.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
 from store.references import Reference, Value
 from store.sites import Component
-from store.study_select import Comparison, Selection
+from store.study_select import Claim, Comparison, Selection
 from store.study_traits import Keep, TraitSource
 from store.study_types import (
     CapturePosition,
@@ -379,6 +378,7 @@ class Study(Strict):
     replay: Replay | None = None
     select: dict[Name, Selection] = {}
     comparisons: dict[Name, Comparison] = {}
+    claims: dict[Name, Claim] = {}
     judges: dict[str, dict[str, JudgeOption]] = {"refusal_phrases": {}, "degenerate": {}}
     token_budget: int | None = Field(default=None, ge=1, description="padded tokens in a capture batch")
     block_rows: int | None = Field(default=None, ge=1, description="rows in one capture block; default: by size")

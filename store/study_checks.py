@@ -159,6 +159,17 @@ def check_comparisons(complaints: Complaints, replayed: Mapping[str, list[str]])
                     _replays(complaints, condition, prompts, replayed, (*path, "prompts"))
 
 
+def check_claims(complaints: Complaints) -> None:
+    """Check that claims rest on comparisons that the study makes.
+
+    Raises:
+        StudyError: for the first that does not.
+    """
+    for name, claim in complaints.study.claims.items():
+        for comparison in claim.comparisons or []:
+            complaints.known("comparison", comparison, complaints.study.comparisons, ("claims", name, "comparisons"))
+
+
 class Side(typing.NamedTuple):
     """One side of a comparison: conditions that count as repetitions of each prompt."""
 

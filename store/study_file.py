@@ -23,7 +23,7 @@ from store.study import (
     Random,
     Study,
 )
-from store.study_checks import Complaints, check_choices, check_comparisons
+from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
 from store.study_choices import without_idle_candidates
 from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
@@ -301,6 +301,7 @@ def load_study(path: str | Path) -> Study:
         checker.prompts(selection.sets, ("select",))
     check_choices(checker, checker.conditions)
     check_comparisons(checker, checker.conditions)
+    check_claims(checker)
     return study
 
 

@@ -1,4 +1,4 @@
-"""What a study chooses by measuring (`select:`) and what it compares (`comparisons:`), as its file says it."""
+"""What a study chooses by measuring (`select:`), compares (`comparisons:`) and claims (`claims:`)."""
 
 from __future__ import annotations
 
@@ -82,3 +82,13 @@ class Comparison(Strict):
     family: Name = "main"
     pool: list[str] = ["seed"]
     judge: str | None = Field(default=None, description="of refusals, where the study has several")
+
+
+class Claim(Strict):
+    """Something that a paper says, and the rule by which this study's results show it or not, stated beforehand."""
+
+    paper: str = Field(min_length=1, description="what it says, in words")
+    comparisons: OneOrMore | None = Field(default=None, description="the rows that decide")
+    query: str | None = Field(default=None, description="SQL, another table that belongs to it")
+    rule: str = Field(min_length=1, description="when the results show it, in words")
+    shown: str = Field(min_length=1, description="the rule as SQL: one boolean; $study is the study's name")
