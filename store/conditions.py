@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,12 @@ def directions_used(spec: ConditionSpec) -> set[str]:
         else:
             used.update(intervention.project_out)
     return used
+
+
+def interventions_text(spec: ConditionSpec) -> str:
+    """Spell a condition's interventions as the table `conditions` keeps them."""
+    # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
+    return json.dumps([item.model_dump(mode="json", by_alias=True) for item in spec.interventions])
 
 
 def expand_sweeps(replay: Replay) -> list[tuple[str, str, float | None, ConditionSpec]]:
