@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from analysis.endpoint_judge import EndpointJudge
@@ -47,10 +47,13 @@ def make_judge(
             raise StudyError(
                 f"judge {name} has no option {option!r}", file=file, key=key, remedy=_nearest(option, known)
             )
+    needed = [f.name for f in fields(factory) if f.default is MISSING and f.default_factory is MISSING and f.init]
+    missing = [option for option in needed if option not in options]
+    if missing:
+        problem = f"judge {name}: it needs {', '.join(missing)}"
+        raise StudyError(problem, file=file, key=key, remedy="add the option")
     try:
         judge: AnyJudge = factory(**{option: value for option, value in options.items() if option not in COMMON})
-    except TypeError as error:  # an option without a default is not given
-        raise StudyError(f"judge {name}: {error}", file=file, key=key, remedy="add the option") from error
     except ValueError as error:
         raise StudyError(f"judge {name}: {error}", file=file, key=key, remedy="correct this value") from error
     return judge

@@ -165,6 +165,10 @@ class CaptureInputs:
         study, model = context.study.name, context.identity.fingerprint
         ref = context.study.model
         used = dict.fromkeys(prompt_id for _, prompt_id, _, _ in self.memberships)
+        if context.study.replay is not None:  # what is replayed is a prompt of the study as well, captured or not
+            replay = context.study.replay
+            names = dict.fromkeys([*replay.prompts, *(n for c in replay.conditions.values() for n in c.prompts or [])])
+            used |= dict.fromkeys(prompt.id for _, prompt in context.prompts_of(names))
         prompts = [
             {
                 "prompt_id": prompt.id,

@@ -66,6 +66,8 @@ class Context:
     def __init__(self, study: Study, only_planning: bool = False):
         """Open a study; `only_planning` makes do without the model's weights where they are not here."""
         self.study, self.only_planning = study, only_planning
+        # (generation key, judge, version) -> why a judge gave no score since this was opened: it is not asked again
+        self.asked_in_vain: dict[tuple[str, str, str], str] = {}
         self.store = ActivationStore.open(data_location(study.store, "store", study.file))
         self.results = ResultStore(data_location(study.results, "results", study.file))
 

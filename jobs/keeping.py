@@ -5,13 +5,13 @@ Works from what replay and score have committed, so that the stages that never l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jobs.judging import StudyJudge, judges_of_trait, study_judges, trait_of
+from store.conditions import interventions_text
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical_json
 from store.prompts import PromptSet
@@ -84,11 +84,7 @@ class Answers:
         except MissingDataError:  # nothing was done with this model yet
             return {}
         sets = [trait_set_name(trait, "model", side) for trait in study.traits for side in SIDES]
-        # As jobs.replay writes them.
-        asked = {
-            (one.name, json.dumps([item.model_dump(mode="json", by_alias=True) for item in one.spec.interventions]))
-            for one in expand_conditions(study.replay)
-        }
+        asked = {(one.name, interventions_text(one.spec)) for one in expand_conditions(study.replay)}
         parameters = {"study": study.name, "model": model, "sets": sets}
         connection = connect(context.results.location)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from store.conditions import (
     MonitorPlan,
     decoding_key,
     generation_key,
+    interventions_text,
     resolve_conditions,
     resolve_monitor,
 )
@@ -84,7 +84,7 @@ class ReplayPlan:
         """Return what is recorded under a condition: nothing where its texts feed the capture of responses."""
         monitor = self.replay.monitor
         only = None if monitor is None else monitor.conditions
-        unwatched = only is not None and not {condition.name, condition.base} & set(only)
+        unwatched = only is not None and not {condition.name, condition.name.partition("[")[0]} & set(only)
         return None if condition.name in self.feeds or unwatched else self.monitor
 
     @cached_property
@@ -131,10 +131,7 @@ class ReplayPlan:
                 "base_condition": condition.base,
                 "condition_key": condition.key,
                 "control_of": condition.control_of,
-                # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
-                "interventions": json.dumps(
-                    [item.model_dump(mode="json", by_alias=True) for item in condition.spec.interventions]
-                ),
+                "interventions": interventions_text(condition.spec),
                 "coefficient": condition.coefficient,
                 "decoding_key": self.decoding_key(condition),
                 "decoding": canonical_json(self.replay.decoding),

@@ -32,8 +32,7 @@ def unscored(context: Context, judges: Sequence[StudyJudge]) -> tuple[Todo, int]
     connection = connect(context.results.location)
     try:
         texts = connection.sql(
-            "SELECT generation_key, generations.text, finish_reason, prompts.text AS prompt, "
-            "list(DISTINCT prompt_set) AS sets FROM generations LEFT JOIN prompts USING (prompt_id) "
+            "SELECT generation_key, text, finish_reason, prompt_id, list(DISTINCT prompt_set) AS sets FROM generations "
             "WHERE study = $study GROUP BY ALL ORDER BY generation_key",
             params={"study": context.study.name},
         ).to_arrow_table()
@@ -47,7 +46,11 @@ def unscored(context: Context, judges: Sequence[StudyJudge]) -> tuple[Todo, int]
     }
     todo: Todo = []
     found = 0
-    records = texts.to_pylist()
+    records = [
+        {**record, "prompt": context.prompts_by_id[record["prompt_id"]].text}
+        for record in texts.to_pylist()
+        if record["prompt_id"] in context.prompts_by_id  # else of prompts that the study had before
+    ]
     for judge in judges:
         mine = [text for text in records if judge.sets is None or not judge.sets.isdisjoint(text["sets"])]
         new = [text for text in mine if (text["generation_key"], judge.name, judge.version) not in done]
@@ -83,6 +86,10 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
         if not report.cached:
             report.waiting.append("nothing is generated yet")
         return report
+    todo = [(judge, _not_in_vain(context, judge, texts, report)) for judge, texts in todo]
+    todo = [(judge, texts) for judge, texts in todo if texts]
+    if not todo:
+        return report
     _require_keys(context, [judge for judge, _ in todo])
     earlier = _failures(context)
     with progress.task("score", sum(len(texts) for _, texts in todo), "texts") as advance:
@@ -97,16 +104,32 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
                     name = [judge.name, judge.version, *keys, *([f"attempt {attempt}"] if attempt else [])]
                     context.results.write_block("scores", block_id(name), table_of("scores", rows))
                     failed += [score for score in scores if isinstance(score, str)]
+                    context.asked_in_vain |= {
+                        (key, judge.name, judge.version): score
+                        for key, score in zip(keys, scores, strict=True)
+                        if isinstance(score, str)
+                    }
                     report.done += sum(not isinstance(score, str) for score in scores)
                     advance(len(part))
             except EndpointDownError as error:
                 report.waiting.append(f"judge {judge.name!r}: {error}")
             if failed:
-                report.waiting.append(
-                    f"judge {judge.name!r} gave no score for {len(failed)} of {len(texts)} texts, which the next run "
-                    f"asks again: {failed[0]}"
-                )
+                report.waiting.append(_no_score(judge, len(failed), failed[0]))
     return report
+
+
+def _not_in_vain(context: Context, judge: StudyJudge, texts: list[Text], report: StageReport) -> list[Text]:
+    """Return the texts that were not asked about in an earlier round of this run, and note the others as waiting."""
+    vain = context.asked_in_vain
+    why = [vain.get((text["generation_key"], judge.name, judge.version)) for text in texts]
+    reasons = [reason for reason in why if reason is not None]
+    if reasons:
+        report.waiting.append(_no_score(judge, len(reasons), reasons[0]))
+    return [text for text, reason in zip(texts, why, strict=True) if reason is None]
+
+
+def _no_score(judge: StudyJudge, number: int, reason: str) -> str:
+    return f"judge {judge.name!r} gave no score for {number} text(s), which the next run asks again: {reason}"
 
 
 def _require_keys(context: Context, judges: Sequence[StudyJudge]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ def directions_used(spec: ConditionSpec) -> set[str]:
     return used
 
 
+def interventions_text(spec: ConditionSpec) -> str:
+    """Spell a condition's interventions as the table `conditions` keeps them."""
+    # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
+    return json.dumps([item.model_dump(mode="json", by_alias=True) for item in spec.interventions])
+
+
 def resolve_conditions(
     replay: Replay, directions: Mapping[str, Direction], n_layers: int, model: str, file: Path | None = None
 ) -> tuple[list[Condition], list[str]]:
@@ -94,7 +101,7 @@ def resolve_conditions(
             raise StudyError(str(error), file=where(file, key), key=key, remedy=remedy) from None
         prompts = tuple(spec.prompts or replay.prompts)
         key = _key(spec, directions, n_layers, model)
-        conditions.append(Condition(name, one.base, spec.control_of, one.coefficient, prompts, spec, key, operations))
+        conditions.append(Condition(name, one.series, spec.control_of, one.coefficient, prompts, spec, key, operations))
     return conditions, waiting
 
 

@@ -18,6 +18,7 @@ class Expanded:
 
     name: str  # unique in the study: base[layer=12,coefficient=2]
     base: str  # as the study names it
+    series: str  # what it is a step of: the name without its coefficient where `each` varies more than that
     coefficient: float | None  # the swept one
     spec: ConditionSpec
     variables: Mapping[str, Value]  # what `each` put in, and a swept coefficient
@@ -41,7 +42,7 @@ def expand(base: str, spec: ConditionSpec) -> Iterator[Expanded]:
             remedy = "write one condition per combination, or give `each` a coefficient"
             raise BadConditionError(base, "two interventions sweep their coefficient", remedy, "interventions")
         if not swept:
-            yield Expanded(_named(base, values), base, _coefficient(values), one, values)
+            yield Expanded(_named(base, values), base, _series(base, values), _coefficient(values), one, values)
             continue
         item = one.interventions[swept[0]]
         assert isinstance(item, Add)
@@ -51,7 +52,7 @@ def expand(base: str, spec: ConditionSpec) -> Iterator[Expanded]:
             interventions[swept[0]] = item.model_copy(update={"coefficient": value})
             variables = {**values, "coefficient": value}
             copy = one.model_copy(update={"interventions": interventions})
-            yield Expanded(_named(base, variables), base, value, copy, variables)
+            yield Expanded(_named(base, variables), base, _series(base, variables), value, copy, variables)
 
 
 def combinations(each: Mapping[str, list[Value]]) -> list[dict[str, Value]]:
@@ -101,6 +102,11 @@ def _named(base: str, variables: Values) -> str:
     spellings = {name: str(value) if is_layer(name) else spelt(value) for name, value in variables.items()}
     inside = ",".join(f"{name}={spelling}" for name, spelling in spellings.items())
     return f"{base}[{inside}]" if inside else base
+
+
+def _series(base: str, variables: Values) -> str:
+    others = {name: value for name, value in variables.items() if name != "coefficient"}
+    return _named(base, others) if "coefficient" in variables else base
 
 
 def _coefficient(values: Values) -> float | None:

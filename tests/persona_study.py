@@ -9,7 +9,7 @@ POSITIONS = ("prompt_end", "response_start", "response_avg")
 
 
 def persona_study(folder: Path, model: str, trait: Path, **replay: Any) -> dict[str, Any]:
-    """Return a study over one trait, `t`, whose answers are the condition `answers`; `replay` changes that part."""
+    """Return a study over one trait, `t`, that the condition `answers` answers; `replay` changes that part."""
     both = ["t.positive", "t.negative"]
     turns = ["t.user.positive", "t.user.negative"]
     directions: dict[str, Any] = {}
@@ -34,7 +34,7 @@ def persona_study(folder: Path, model: str, trait: Path, **replay: Any) -> dict[
         "geometry": {"projections": [{"prompts": both, "responses": "answers", "keep": "trait"}]},
         "replay": {
             "prompts": both,
-            "decoding": {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.95},
+            "decoding": {"max_new_tokens": 24, "temperature": 1.0, "top_p": 0.95},
             "seeds": [0, 1, 2],
             "block_rows": 7,
             "conditions": {

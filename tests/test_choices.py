@@ -65,6 +65,7 @@ def test_each_is_every_combination_and_the_last_name_changes_fastest() -> None:
     ]
     last = found[-1]
     assert (last.base, last.coefficient, dict(last.variables)) == ("random", 2, {"seed": 13, "coefficient": 2})
+    assert last.series == "random[seed=13]"
     assert last.spec.control_of == "persona[coefficient=2]"
     assert last.spec.each == {}
     add, out = last.spec.interventions

@@ -107,6 +107,16 @@ def test_the_document_says_claim_by_claim_what_is_shown(done: Path) -> None:
     )
 
 
+def test_its_report_keeps_the_sweeps_of_different_directions_apart(done: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--study", str(done / "study.yaml"), "--output", str(done / "page.html")])
+    assert ended.value.code == 0
+    steps = ask(done, "SELECT base_condition, count(*) AS n FROM conditions WHERE coefficient IS NOT NULL GROUP BY ALL")
+    sizes = {record["base_condition"]: record["n"] for record in steps}
+    assert sizes["single_add[direction=i_thou]"] == sizes["refusal_additive"] == 7
+    assert sizes["random_add[seed=7]"] == 3
+
+
 def test_prose_around_the_blocks_is_kept(done: Path) -> None:
     first = reproduce(done)
     file = done / "document.md"
