@@ -6,7 +6,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 # Runs of other studies may share these places: rows and activations are found by content.
 DEMO := studies/demo.yaml
 
-.PHONY: demo test lint organism benchmark benchmark-store clean
+PAPER := studies/persona_gates_refusal.yaml
+
+.PHONY: demo reproduction test lint organism benchmark benchmark-store clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -16,6 +18,11 @@ demo: $(VENV)/.installed
 	@echo "  $(BIN)/resid sql \"SELECT layer, cosine FROM cosines WHERE direction_a = 'persona' AND direction_b = 'refusal' ORDER BY layer\""
 	@echo "  $(BIN)/resid sql \"SELECT condition, prompts.text AS prompt, generations.text FROM generations JOIN prompts USING (prompt_id) WHERE prompt_set = 'harmful@test' ORDER BY prompt_id, condition LIMIT 9\""
 	@echo "  $(BIN)/resid plan --study $(DEMO)      # then change a direction in the file and look again"
+
+# The paper's study on the organism, from nothing to docs/reproduction.md.
+reproduction: $(VENV)/.installed
+	@$(BIN)/resid run --study $(PAPER)
+	@$(BIN)/resid reproduce --study $(PAPER) --output docs/reproduction.md
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -40,6 +41,7 @@ class MeansTask:
     negative: tuple[str, ...]
     layers: tuple[int, ...] | None = None
     matched: tuple[tuple[str, str], ...] = ()  # (row key, what it has in common with rows of the other side)
+    kept: str | None = None  # JSON: of which answers the rows are those that count, for the provenance
 
     @property
     def key(self) -> str:
@@ -56,6 +58,7 @@ class MeansTask:
                 "layers": self.layers,
                 "halves_seed": HALVES_SEED,
                 "matched": sorted(self.matched),
+                **({} if self.kept is None else {"kept": self.kept}),
             }
         )
 
@@ -117,7 +120,11 @@ def difference_of_means(task: MeansTask) -> Direction:
         n_positive=n_positive,
         n_negative=len(task.negative),
         split_half_cosine=stability,
-        provenance={"method_version": METHOD_VERSION, "halves_seed": HALVES_SEED},
+        provenance={
+            "method_version": METHOD_VERSION,
+            "halves_seed": HALVES_SEED,
+            **({} if task.kept is None else {"kept": json.loads(task.kept)}),
+        },
     )
 
 

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from analysis import refusal_phrases
-from store.errors import StudyError
 from store.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
 class JudgeScore:
-    """What a judge says about one text: a number, its label, and why (never markup, never an error)."""
+    """What a judge says about one text: a number, its label, and why (never markup, never an error).
+
+    A score on a scale whose threshold the study sets has no label.
+    """
 
     value: float
-    label: str
+    label: str | None
     detail: str
 
 
 class Judge(Protocol):
     """Scores one generation. Equal versions mean equal scores for equal input."""
 
-    name: ClassVar[str]
-    measures: ClassVar[str]  # "refusal": labels refusal, no_refusal; "degenerate": labels degenerate, cut, intact
+    # refusal: labels refusal, no_refusal; degenerate: labels degenerate, cut, intact; unsafe: labels unsafe, safe;
+    # trait, coherence: 0 to 100 without a label.
+    measures: ClassVar[str]
 
     @property
     def version(self) -> str:
@@ -91,7 +93,7 @@ class RefusalPhrases:
 
     @cached_property
     def version(self) -> str:
-        return _version(
+        return version_of(
             refusal_phrases.VERSION, {"patterns": refusal_phrases.PATTERNS, "limit": self.limit, "rules": self._RULES}
         )
 
@@ -146,7 +148,7 @@ class Degenerate:
 
     @cached_property
     def version(self) -> str:
-        return _version(self._RULES, {field.name: getattr(self, field.name) for field in fields(self)})
+        return version_of(self._RULES, {field.name: getattr(self, field.name) for field in fields(self)})
 
     def judge(self, text: str, *, finish_reason: str = "stop", prompt: str | None = None) -> JudgeScore:
         fault = self._fault(text)
@@ -197,7 +199,8 @@ def _ends_a_sentence(text: str) -> bool:
     return stripped.endswith((".", "!", "?", "…", ":", ";", "。", "！", "？")) or stripped != text.rstrip()
 
 
-def _version(number: int, rules: Mapping[str, object]) -> str:
+def version_of(number: int, rules: Mapping[str, object]) -> str:
+    """Return a judge's version: the number of its rules, and a hash of them with their options."""
     return f"{number}-{fingerprint(rules)[:8]}"
 
 
@@ -211,38 +214,5 @@ def _check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number above 0 and at most 1, not {value!r}")
 
 
-# Name to factory. Every factory is a dataclass whose fields are the judge's options.
+# The judges that need neither trait nor server. Every factory is a dataclass whose fields are the judge's options.
 JUDGES: dict[str, Callable[..., Judge]] = {judge.name: judge for judge in (RefusalPhrases, Degenerate)}
-
-
-def make_judge(
-    name: str, options: Mapping[str, Any] | None = None, *, file: str | None = None, key: str | None = None
-) -> Judge:
-    """Make a judge of a study by name.
-
-    Args:
-        name: one of `JUDGES`.
-        options: the judge's options; what is left out has its default.
-        file, key: where the study names it, for the error message.
-
-    Raises:
-        StudyError: for an unknown judge or option (naming the nearest known one) or a bad value.
-    """
-    if name not in JUDGES:
-        raise StudyError(f"unknown judge {name!r}", file=file, key=key, remedy=_nearest(name, list(JUDGES)))
-    factory = JUDGES[name]
-    known = [field.name for field in fields(factory)]  # type: ignore[arg-type]
-    for option in options or {}:
-        if option not in known:
-            raise StudyError(
-                f"judge {name} has no option {option!r}", file=file, key=key, remedy=_nearest(option, known)
-            )
-    try:
-        return factory(**(options or {}))
-    except ValueError as error:
-        raise StudyError(f"judge {name}: {error}", file=file, key=key, remedy="correct this value") from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}"

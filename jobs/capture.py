@@ -12,12 +12,13 @@ from jobs.stage import main_for
 from pipeline.cluster import Cluster
 from store.activations import CaptureRequest, ModelStore
 from store.dtypes import DTypeName
-from store.errors import StudyError
+from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical, canonical_json, short
 from store.layers import resolve_layers
 from store.rows import Row
 from store.study import CaptureEntry
 from store.study_layers import check_layers
+from store.study_traits import parse_trait_set
 from store.yaml_file import where
 
 
@@ -60,6 +61,15 @@ class CaptureInputs:
         rows: dict[str, Row] = {}
         names = self._with_parts(entry.prompts)
         empty = 0
+        for name in names:
+            if name in context.pending_sets:
+                self.waiting.append(f"{key}: the prompt set {name!r}: {context.pending_sets[name]}")
+                return
+        try:
+            chosen = self._chosen(entry)
+        except MissingDataError as error:
+            self.waiting.append(f"{key}: {str(error).splitlines()[0]}")
+            return
         for name, prompt in context.prompts_of(names):
             if entry.responses is None:
                 found = [self.prompt_row(prompt.id, with_response=True)]
@@ -70,6 +80,8 @@ class CaptureInputs:
                     return
                 found = [row for row in responses if row.spans.has_response]
                 empty += len(responses) - len(found)
+                if name in chosen:
+                    found = [row for row in found if row.generation_key in chosen[name]]
                 if not found:
                     self.memberships[(name, prompt.id, "", entry.responses)] = None
             for row in found:
@@ -89,6 +101,21 @@ class CaptureInputs:
                 cast(DTypeName, dtype),
             )
             self.requests.append(request)
+
+    def _chosen(self, entry: CaptureEntry) -> dict[str, frozenset[str]]:
+        """Return the generations to capture of the sets of which an entry keeps some.
+
+        Raises:
+            MissingDataError: if answers are not generated or not judged yet.
+        """
+        if entry.keep is None or entry.responses is None:
+            return {}
+        parsed = {name: parse_trait_set(name) for name in entry.prompts}
+        return {
+            name: self.context.answers.kept(part.trait, part.side, entry.responses).keys
+            for name, part in parsed.items()
+            if part is not None and part.family == "model"
+        }
 
     def _with_parts(self, names: Iterable[str]) -> list[str]:
         """Capturing a whole set also fills its parts: they are the same rows."""
@@ -138,6 +165,10 @@ class CaptureInputs:
         study, model = context.study.name, context.identity.fingerprint
         ref = context.study.model
         used = dict.fromkeys(prompt_id for _, prompt_id, _, _ in self.memberships)
+        if context.study.replay is not None:  # what is replayed is a prompt of the study as well, captured or not
+            replay = context.study.replay
+            names = dict.fromkeys([*replay.prompts, *(n for c in replay.conditions.values() for n in c.prompts or [])])
+            used |= dict.fromkeys(prompt.id for _, prompt in context.prompts_of(names))
         prompts = [
             {
                 "prompt_id": prompt.id,

@@ -16,7 +16,7 @@ EPILOG = "A study file says everything; studies/demo.yaml documents its keys."
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    from jobs import report, sql, store, verify
+    from jobs import report, reproduce, sql, store, traits, verify
 
     parser = argparse.ArgumentParser(
         prog="resid", description="Residual-stream directions in chat models.", epilog=EPILOG
@@ -29,18 +29,22 @@ def build_parser() -> argparse.ArgumentParser:
         "geometry": "cosines of directions, projections of rows",
         "replay": "generate text under interventions",
         "score": "label the texts with the study's judges",
+        "compare": "compare conditions prompt by prompt, as the study plans",
     }
     for stage in STAGES:
         add_study_arguments(commands.add_parser(stage, help=helps[stage]))
     add_study_arguments(commands.add_parser("run", help="all stages, until the study is complete"))
     add_study_arguments(commands.add_parser("plan", help="what each stage would do; loads no weights"))
     report.add_arguments(commands.add_parser("report", help="write the results as a page with plots"))
+    claims = commands.add_parser("reproduce", help="write what the study shows of each claim into a document")
+    reproduce.add_arguments(claims)
     ask = commands.add_parser("sql", help="ask the results in SQL")
     ask.add_argument("--study", metavar="FILE", help="ask the results of this study")
     ask.add_argument("--results", metavar="URL", help="result tables: a folder or an fsspec URL")
     ask.add_argument("--store", metavar="URL", help="activation store, for the functions that read activations")
     sql.add_arguments(ask)
     verify.add_arguments(commands.add_parser("verify", help="check every committed byte"))
+    traits.add_arguments(commands.add_parser("traits", help="check trait files, and list what is wrong"))
     store.add_arguments(commands.add_parser("store", help="the activation store: ls, verify, gc, export, import"))
     return parser
 
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from jobs import plan, report, run, sql, store, verify
+    from jobs import plan, report, reproduce, run, sql, store, traits, verify
 
     command: str = arguments.command
     if command in STAGES:
@@ -62,6 +66,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         places = [Location.of(verify.place(what, getattr(arguments, what), study)) for what in ("results", "store")]
         return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run, "store": store.run}
+    handlers |= {"traits": traits.run, "reproduce": reproduce.run}
     return int(handlers[command](arguments) or 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.keeping import Answers
 from store.activations import ActivationStore
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical, canonical_json, fingerprint, short
@@ -21,6 +22,8 @@ from store.prompts import Prompt, PromptSet, load_prompt_set, split_prompt_set
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.study import Study
+from store.study_choices import refuse_leaks
+from store.study_traits import parse_trait_set
 from store.traits import trait_prompt_sets
 from store.yaml_file import where
 
@@ -60,16 +63,19 @@ def data_location(url: str, key: str, file: Path | None = None) -> Location:
 class Context:
     """One study opened for work. Nothing of the model is loaded until a stage asks for it."""
 
-    def __init__(self, study: Study):
-        self.study = study
+    def __init__(self, study: Study, only_planning: bool = False):
+        """Open a study; `only_planning` makes do without the model's weights where they are not here."""
+        self.study, self.only_planning = study, only_planning
+        # (generation key, judge, version) -> why a judge gave no score since this was opened: it is not asked again
+        self.asked_in_vain: dict[tuple[str, str, str], str] = {}
         self.store = ActivationStore.open(data_location(study.store, "store", study.file))
         self.results = ResultStore(data_location(study.results, "results", study.file))
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def prompt_sets(self) -> dict[str, PromptSet]:
-        """Every prompt set by name: whole sets, their parts, and both sides of each trait.
+    def fixed_sets(self) -> dict[str, PromptSet]:
+        """The prompt sets that the study's files hold, by name: whole sets, their parts, and both sides of each trait.
 
         Raises:
             StudyError: for a file that cannot be read, an empty set, or parts of different name that share prompts.
@@ -83,31 +89,70 @@ class Context:
             sets.update(trait_prompt_sets(name, trait))
         if not self.study.allow_overlap:
             _refuse_leaks(sets, self.study.file)
+            refuse_leaks(self.study, sets)
         return sets
+
+    @cached_property
+    def answers(self) -> Answers:
+        """The answers to the study's traits, as committed now; see `forget_answers`."""
+        return Answers(self)
+
+    @cached_property
+    def _user_sets(self) -> tuple[dict[str, PromptSet], dict[str, str]]:
+        return self.answers.user_sets()
+
+    @property
+    def pending_sets(self) -> dict[str, str]:
+        """Prompt sets that cannot be made yet, and why: those of user personas wait for answers and their scores."""
+        return self._user_sets[1]
+
+    @cached_property
+    def prompt_sets(self) -> dict[str, PromptSet]:
+        """Every prompt set that can be made now, by name: `fixed_sets`, and those of user personas."""
+        return {**self.fixed_sets, **self._user_sets[0]}
+
+    def prompt_set(self, name: str) -> PromptSet:
+        """Return one prompt set.
+
+        Raises:
+            MissingDataError: if it cannot be made yet.
+        """
+        if name in self.pending_sets:
+            raise MissingDataError(f"the prompt set {name!r} waits: {self.pending_sets[name]}")
+        return self.prompt_sets[name]
+
+    def forget_answers(self) -> None:
+        """Read answers and scores anew: another stage may have written some."""
+        for name in ("answers", "_user_sets", "prompt_sets", "prompts_by_id"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def prompts_by_id(self) -> dict[str, Prompt]:
         return {prompt.id: prompt for prompts in self.prompt_sets.values() for prompt in prompts.prompts}
 
     def prompts_of(self, names: Iterable[str]) -> list[tuple[str, Prompt]]:
-        """Return (prompt set, prompt) for every prompt of the named sets, repetitions included."""
-        return [(name, prompt) for name in names for prompt in self.prompt_sets[name].prompts]
+        """Return (prompt set, prompt) for every prompt of the named sets that can be made now, repetitions included."""
+        return [
+            (name, prompt) for name in names if name in self.prompt_sets for prompt in self.prompt_sets[name].prompts
+        ]
 
     # -- model, without weights --------------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> ModelIdentity:
         """Fingerprint and sizes of the study's model, from its files; imports transformers, loads no weights."""
-        from pipeline.models import compute_dtype, load_config, model_fingerprint
+        from pipeline.models import compute_dtype, has_weights, load_config, model_fingerprint
 
         ref = self.study.model
+        here = not self.only_planning or has_weights(ref)
         config = load_config(ref).get_text_config()
         return ModelIdentity(
-            fingerprint=model_fingerprint(ref),
+            fingerprint=model_fingerprint(ref, weights=here),
             n_layers=int(config.num_hidden_layers),
             d_model=int(config.hidden_size),
             dtype=compute_dtype(ref),
             family=str(config.model_type),
+            weights_here=here,
         )
 
     @cached_property
@@ -170,28 +215,54 @@ class Context:
 
     def forget_memberships(self) -> None:
         """Read memberships anew: a capture has written them."""
-        self.__dict__.pop("_memberships", None)
+        for name in ("_memberships", "_generation_of"):
+            self.__dict__.pop(name, None)
 
-    def row_keys(self, names: Iterable[str], responses: str | None) -> tuple[str, ...]:
+    @cached_property
+    def _generation_of(self) -> dict[str, str]:
+        """Row key -> the generation that its response came from, as the last capture of this study wrote them."""
+        table = self.results.read("rows", columns=["row_key", "generation_key"], part=self.study.name)
+        return {row["row_key"]: row["generation_key"] for row in table.to_pylist() if row["generation_key"]}
+
+    def row_keys(self, names: Iterable[str], responses: str | None, keep: str | None = None) -> tuple[str, ...]:
         """Return the distinct row keys of prompt sets, in prompt order; see `row_texts`."""
-        return tuple(self.row_texts(names, responses))
+        return tuple(self.row_texts(names, responses, keep))
 
-    def row_texts(self, names: Iterable[str], responses: str | None) -> dict[str, str]:
-        """Return the distinct row keys of prompt sets, in prompt order, with the last turn of each row's prompt.
+    def row_texts(self, names: Iterable[str], responses: str | None, keep: str | None = None) -> dict[str, str]:
+        """Return the distinct row keys of prompt sets, in prompt order, with what each row's prompt asks.
+
+        That is the last turn; of a user persona's prompts, the question that the turn was the answer to. With `keep`,
+        of a trait's answers only those that count (the prompts of a user persona are chosen already).
 
         Raises:
-            MissingDataError: if a prompt has no row: it was not captured, or the prompt files changed since.
+            MissingDataError: if a prompt has no row: it was not captured, or the prompt files changed since; or if the
+                answers are not judged, or one that counts is not captured.
         """
         keys: dict[str, str] = {}
         for name in names:
             rows = self._memberships.get((name, responses), {})
-            for prompt in self.prompt_sets[name].prompts:
+            prompts = self.prompt_set(name).prompts
+            for prompt in prompts:
                 if prompt.id not in rows:
                     what = f"responses of {responses!r} to " if responses else ""
                     raise MissingDataError(
                         f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
                     )
-                keys.update(dict.fromkeys(rows[prompt.id], prompt.text))
+            parsed = parse_trait_set(name)
+            user = parsed is not None and parsed.family == "user"
+            chosen: frozenset[str] | None = None
+            if keep is not None and parsed is not None and not user and responses is not None:
+                chosen = self.answers.kept(parsed.trait, parsed.side, responses).keys
+                known = {self._generation_of.get(key) for prompt in prompts for key in rows[prompt.id]}
+                if not chosen <= known:
+                    raise MissingDataError(
+                        f"{len(chosen - known)} answers of {responses!r} to {name!r} that count are not captured\n  "
+                        f"{self.remedy('capture')}"
+                    )
+            for prompt in prompts:
+                asked = prompt.tags["asked"] if user else prompt.text
+                mine = [k for k in rows[prompt.id] if chosen is None or self._generation_of.get(k) in chosen]
+                keys.update(dict.fromkeys(mine, asked))
         # An empty key stands for a generated response without tokens: there is nothing to read of it.
         keys.pop("", None)
         return keys
@@ -206,6 +277,7 @@ class ModelIdentity:
     d_model: int
     dtype: str
     family: str
+    weights_here: bool = True  # else the fingerprint is no model's, and nothing is found under it
 
 
 def _refuse_leaks(sets: dict[str, PromptSet], file: Path | None = None) -> None:

@@ -13,6 +13,7 @@ from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
 from store.directions import Direction, directions_from_table
 from store.errors import MissingDataError
+from store.fingerprint import canonical_json
 from store.schemas import TABLES
 from store.study import DifferenceOfMeans, DirectionSpec
 from store.study_file import references
@@ -34,7 +35,7 @@ def means_task(context: Context, name: str, spec: DifferenceOfMeans) -> MeansTas
         MissingDataError: if a row is not known yet.
     """
     model = context.recalled_model()
-    sides = [context.row_texts(names, spec.responses) for names in (spec.positive, spec.negative)]
+    sides = [context.row_texts(names, spec.responses, spec.keep) for names in (spec.positive, spec.negative)]
     shared = set(sides[0].values()) & set(sides[1].values())
     return MeansTask(
         name=name,
@@ -46,7 +47,18 @@ def means_task(context: Context, name: str, spec: DifferenceOfMeans) -> MeansTas
         negative=tuple(sides[1]),
         layers=tuple(sorted(direction_layers(context.study, name, model.n_layers))),
         matched=tuple((key, text) for side in sides for key, text in side.items() if text in shared),
+        kept=_kept(context, spec),
     )
+
+
+def _kept(context: Context, spec: DifferenceOfMeans) -> str | None:
+    """Return what was kept of each side and by which rule, as JSON; None where every row counts."""
+    found = {
+        side: kept
+        for side, names in (("positive", spec.positive), ("negative", spec.negative))
+        if (kept := context.answers.provenance(names, spec.responses, spec.keep)) is not None
+    }
+    return canonical_json(found) if found else None
 
 
 def current_directions(context: Context) -> tuple[dict[str, Direction], dict[str, MeansTask], dict[str, str]]:

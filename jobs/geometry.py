@@ -34,7 +34,7 @@ def pending_projections(
         for component in sorted({direction.component for direction in ready}):
             mine = [direction for direction in ready if direction.component == component]
             try:
-                keys = context.row_keys(spec.prompts, spec.responses)
+                keys = context.row_keys(spec.prompts, spec.responses, spec.keep)
                 selection = context.store.model(model).select(keys, component, spec.position)
             except MissingDataError as error:
                 waiting.append(f"geometry.projections[{index}]: {str(error).splitlines()[0]}")

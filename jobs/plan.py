@@ -8,17 +8,19 @@ from jobs.capture import CaptureInputs, manifest
 from jobs.context import Context
 from jobs.directions import current_directions
 from jobs.geometry import pending_projections
+from jobs.judging import StudyJudge, study_judges
 from jobs.replay import ReplayPlan
-from jobs.score import study_judges, unscored
+from jobs.score import unscored
 from jobs.stage import study_from
-from store.conditions import expand_sweeps
 from store.errors import MissingDataError
+from store.study_expand import expand_conditions
+from store.study_traits import parse_trait_set
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan of a study."""
     study = study_from(arguments)
-    context = Context(study)
+    context = Context(study, only_planning=True)
     for line in plan_lines(context):
         print(line)
     return 0
@@ -27,15 +29,18 @@ def run(arguments: argparse.Namespace) -> int:
 def plan_lines(context: Context) -> list[str]:
     """Return the plan, a line per fact; nothing is written."""
     study, identity = context.study, context.identity
-    study_judges(context)
+    study_judges(study)
     lines = [
         f"study {study.name}: {study.model.source}, {identity.n_layers} layers, d_model {identity.d_model}, "
         f"{identity.dtype}, fingerprint {identity.fingerprint[:16]}",
+        *([] if identity.weights_here else ["the weights are not on this machine: everything counts as new"]),
         f"store {context.store.location}; results {context.results.location}",
     ]
     for name, prompts in context.prompt_sets.items():
         repeated = f" ({prompts.duplicates} repeated rows dropped)" if prompts.duplicates else ""
         lines.append(f"  prompts {name}: {len(prompts.prompts)}{repeated}")
+    lines += [f"  prompts {name}: waits: {why}" for name, why in context.pending_sets.items()]
+    lines += _kept(context)
     inputs = CaptureInputs(context)
     work = context.store.preview(manifest(context)).work(inputs.requests, study.block_rows, study.compression)
     lines.append(
@@ -45,6 +50,29 @@ def plan_lines(context: Context) -> list[str]:
     lines += [f"  waits: {line}" for line in inputs.waiting]
     lines += _directions(context)
     lines += _replay(context, inputs)
+    return lines
+
+
+def _kept(context: Context) -> list[str]:
+    """Return a line per side of which only the answers that count are captured."""
+    pairs = {
+        (name, entry.responses)
+        for entry in context.study.capture
+        if entry.keep and entry.responses
+        for name in entry.prompts
+    }
+    lines = []
+    for name, condition in sorted(pairs):
+        part = parse_trait_set(name)
+        if part is None or part.family == "user":
+            continue
+        try:
+            counts = context.answers.kept(part.trait, part.side, condition).counts
+            what = f"{counts.kept} of {counts.distinct} count ({counts.by_trait} fail by trait score, "
+            what += f"{counts.by_coherence} by coherence, {counts.empty} empty, {counts.failed} unscored)"
+        except MissingDataError as error:
+            what = f"waits: {str(error).splitlines()[0]}"
+        lines.append(f"  answers to {name} under {condition}: {what}")
     return lines
 
 
@@ -75,20 +103,41 @@ def _replay(context: Context, inputs: CaptureInputs) -> list[str]:
     todo = sum(len(block.items) for _, blocks in groups for block in blocks)
     total = 0
     lines = []
-    for name, _, _, spec in expand_sweeps(replay):
-        prompts = {prompt.id for _, prompt in context.prompts_of(spec.prompts or replay.prompts)}
+    for item in expand_conditions(replay):
+        prompts = {prompt.id for _, prompt in context.prompts_of(item.spec.prompts or replay.prompts)}
         total += len(prompts) * len(replay.seeds)
-        lines.append(f"  condition {name}: {len(prompts)} prompts x {len(replay.seeds)} seed(s)")
+        lines.append(f"  condition {item.name}: {len(prompts)} prompts x {len(replay.seeds)} seed(s)")
     later = total - todo - found
     head = f"replay: {todo} generations to make now, {found} found"
     if later > 0:
-        head += f", {later} once their directions are computed"
+        head += f", {later} once what they use is computed or chosen"
     lines.insert(0, f"{head}; at most {replay.decoding.max_new_tokens} tokens each")
-    lines += [f"  waits: {line}" for line in plan.waiting]
-    asked, scored = unscored(context, study_judges(context))
-    pending = sum(map(len, asked.values())) + (total - found) * len(context.study.judges)
+    for choice in plan.chooser.made.values():
+        values = ", ".join(f"${key} = {value}" for key, value in choice.values.items())
+        lines.append(f"  choice {choice.name} ({choice.status}): {values}")
+    lines += [f"  waits: {line}" for line in (*plan.waiting, *plan.chooser.waiting.values())]
+    judges = study_judges(context.study)
+    asked, scored = unscored(context, judges)
+    pending = sum(len(texts) for _, texts in asked) + sum(_later_scores(plan, judge) for judge in judges)
     lines.append(f"score: {pending} scores to make, {scored} found")
     return lines
+
+
+def _later_scores(plan: ReplayPlan, judge: StudyJudge) -> int:
+    """Return how many texts a judge will score that are not generated yet."""
+
+    def sees(name: str) -> bool:
+        return judge.sets is None or name in judge.sets
+
+    context, replay = plan.context, plan.replay
+    every = sum(
+        len(context.prompts_of([name])) * len(replay.seeds)
+        for item in expand_conditions(replay)
+        for name in item.spec.prompts or replay.prompts
+        if sees(name)
+    )
+    wanted = [item.key for item in plan.wanted if sees(item.prompt_set)]
+    return every - len(wanted) + len(set(wanted) - plan.done)
 
 
 def _bytes(size: float) -> str:

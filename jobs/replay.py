@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jobs.choices import Chooser
 from jobs.context import Context, StageReport, block_id, table_of, versions
 from jobs.directions import known_directions
 from jobs.progress import Progress
@@ -18,6 +18,7 @@ from store.conditions import (
     MonitorPlan,
     decoding_key,
     generation_key,
+    interventions_text,
     resolve_conditions,
     resolve_monitor,
 )
@@ -25,6 +26,7 @@ from store.directions import Direction
 from store.errors import MissingDataError
 from store.fingerprint import canonical_json
 from store.rows import Row
+from store.study_choices import with_choices
 
 if TYPE_CHECKING:
     from jobs.capture import CaptureInputs
@@ -58,19 +60,38 @@ class ReplayPlan:
         except MissingDataError:
             self.directions = {}
         identity = context.identity
-        self.conditions, waiting = resolve_conditions(
-            self.replay, self.directions, identity.n_layers, identity.fingerprint, study.file
-        )
-        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in waiting]
         monitor = self.replay.monitor
         self.monitor: MonitorPlan | None = resolve_monitor(monitor, self.directions, identity.n_layers)
         # A condition without interventions may be what directions are made from: it cannot wait for what is monitored.
         self.monitor_waits = monitor is not None and self.monitor is None
+        self.chooser = Chooser(context, self.texts)
+        self._resolve()
+        while not self.monitor_waits and self.chooser.advance(self.conditions):
+            self._resolve()
+
+    def _resolve(self) -> None:
+        """Resolve the conditions that can be, with the choices made so far; say what the others wait for."""
+        identity = self.context.identity
+        ready, open_ = with_choices(self.replay, self.chooser.values)
+        self.conditions, later = resolve_conditions(
+            ready, self.directions, identity.n_layers, identity.fingerprint, self.context.study.file
+        )
+        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in later]
+        for name, choices in open_.items():
+            self.waiting.append(f"condition {name!r}: {', '.join(map(repr, sorted(choices)))} is not chosen yet")
 
     def monitor_of(self, condition: Condition) -> MonitorPlan | None:
         """Return what is recorded under a condition: nothing where its texts feed the capture of responses."""
-        feeds = {entry.responses for entry in self.context.study.capture}
-        return None if condition.name in feeds else self.monitor
+        monitor = self.replay.monitor
+        only = None if monitor is None else monitor.conditions
+        unwatched = only is not None and not {condition.name, condition.name.partition("[")[0]} & set(only)
+        return None if condition.name in self.feeds or unwatched else self.monitor
+
+    @cached_property
+    def feeds(self) -> set[str | None]:
+        """The conditions whose texts are captured, or are user personas' turns."""
+        study = self.context.study
+        return {entry.responses for entry in study.capture} | {trait.answers for trait in study.traits.values()}
 
     def decoding_key(self, condition: Condition) -> str:
         return decoding_key(self.replay.decoding, self.monitor_of(condition))
@@ -78,17 +99,20 @@ class ReplayPlan:
     @cached_property
     def wanted(self) -> list[Wanted]:
         """Every text of every condition whose inputs are there, in the study's order."""
-        feeds = {entry.responses for entry in self.context.study.capture}
         found: list[Wanted] = []
         for condition in self.conditions:
-            if self.monitor_waits and condition.name not in feeds:
+            if self.monitor_waits and condition.name not in self.feeds:
                 self.waiting.append(f"condition {condition.name!r}: the monitored directions are not computed yet")
                 continue
+            for name in condition.prompts:
+                if name in self.context.pending_sets:
+                    why = f"the prompt set {name!r}: {self.context.pending_sets[name]}"
+                    self.waiting.append(f"condition {condition.name!r}: {why}")
             found.extend(self.texts(condition))
         return found
 
     def texts(self, condition: Condition) -> Iterator[Wanted]:
-        """Yield every text of one condition."""
+        """Yield every text of one condition whose prompt set can be made now."""
         how = self.decoding_key(condition)
         for name, prompt in self.context.prompts_of(condition.prompts):
             row = self.inputs.prompt_row(prompt.id, with_response=False)
@@ -107,10 +131,7 @@ class ReplayPlan:
                 "base_condition": condition.base,
                 "condition_key": condition.key,
                 "control_of": condition.control_of,
-                # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
-                "interventions": json.dumps(
-                    [item.model_dump(mode="json", by_alias=True) for item in condition.spec.interventions]
-                ),
+                "interventions": interventions_text(condition.spec),
                 "coefficient": condition.coefficient,
                 "decoding_key": self.decoding_key(condition),
                 "decoding": canonical_json(self.replay.decoding),
@@ -132,15 +153,21 @@ class ReplayPlan:
             for item in self.wanted
         ]
         results = self.context.results
+        self.chooser.write()
         results.replace("conditions", study, table_of("conditions", conditions))
         results.replace("replay_rows", study, table_of("replay_rows", asked))
+
+    @cached_property
+    def done(self) -> set[str]:
+        """The generations that are committed."""
+        table = self.context.results.read("generations", columns=["generation_key"])
+        return set(table.column("generation_key").to_pylist())
 
     def blocks(self) -> tuple[list[tuple[MonitorPlan | None, list[ReplayBlock]]], int]:
         """Return the blocks of texts that are not committed yet, by what is monitored, and how many texts are there."""
         from pipeline.workers import ReplayBlock, ReplayItem
 
-        results = self.context.results
-        done = set(results.read("generations", columns=["generation_key"]).column("generation_key").to_pylist())
+        done = self.done
         todo: dict[str, ReplayItem] = {}
         plain: set[str] = set()
         asked = set()
@@ -196,7 +223,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     plan = ReplayPlan(context)
     plan.write_tables()
     groups, report.cached = plan.blocks()
-    report.waiting = plan.waiting
+    report.waiting = [*plan.waiting, *plan.chooser.waiting.values()]
     from pipeline.workers import ReplayWorker
 
     for monitor, blocks in groups:

@@ -241,7 +241,7 @@ def interventions(text: str) -> str:
     """Say in a line what a condition's interventions (JSON) do, in their order."""
     said = []
     for item in json.loads(text):
-        rest = {key: value for key, value in item.items() if value is not None}
+        rest = {key: value for key, value in item.items() if value is not None and (key, value) != ("from_offset", 0)}
         if "add" in rest:
             norm = rest.pop("norm", "natural")
             rule = norm if isinstance(norm, str) else f"norm of {norm['match']}"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.context import Context, StageReport
+from jobs.judging import missing_keys, study_judges
 from jobs.progress import Progress
 from jobs.stage import STAGES, add_study_arguments, describe, guarded, require_complete, run_stage, study_from
 from jobs.summary import print_summary
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     study = study_from(arguments)
     progress = Progress(arguments.quiet)
     context = Context(study)
+    for name in missing_keys(study_judges(study)):
+        progress.say(f"note: {name} is not set; texts that a judge has to score with it will wait")
     with Cluster(study.ray) as cluster:
         reports = run_all(context, cluster, progress)
     for report in reports:

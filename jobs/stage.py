@@ -10,17 +10,16 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from analysis.judges import make_judge
 from jobs.context import Context, StageReport
+from jobs.judging import check_judges
 from jobs.progress import Progress
 from pipeline.cluster import Cluster
 from store.errors import BlocksFailedError, ResidError, StudyError
 from store.ray_settings import RaySettings
 from store.study import Study
 from store.study_file import load_study
-from store.yaml_file import where
 
-STAGES = ("capture", "directions", "geometry", "replay", "score")
+STAGES = ("capture", "directions", "geometry", "replay", "score", "compare")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -55,14 +54,14 @@ def study_from(arguments: argparse.Namespace) -> Study:
         flags = "/".join(f"--{'ray' if key == 'address' else key}" for key in first["loc"])
         raise StudyError(message, key=flags, remedy="see `resid run --help`") from None
     # Only `analysis` knows the judges; a typo in one is to be heard before the model runs, not after.
-    for name, options in study.judges.items():
-        make_judge(name, options, file=where(study.file, f"judges.{name}"), key=f"judges.{name}")
+    check_judges(study)
     return study.model_copy(update={**overrides, "ray": settings})
 
 
 def run_stage(stage: str, context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     """Run one stage and return what it did."""
     module = importlib.import_module(f"jobs.{stage}")
+    context.forget_answers()
     report = module.run(context, cluster, progress)
     assert isinstance(report, StageReport)
     return report

@@ -45,7 +45,7 @@ def print_summary(context: Context) -> None:
     finally:
         connection.close()
     order = list(study.replay.conditions)
-    rates.sort(key=lambda row: (order.index(row[0]), row[1] or 0.0, row[3]))
+    rates.sort(key=lambda row: (order.index(row[0].partition("[")[0]), row[0], row[1] or 0.0, row[3]))
     table = Table(title=f"study {study.name}: refusals by condition (95% Wilson intervals)", title_justify="left")
     for name in ("condition", "prompts"):
         table.add_column(name, no_wrap=True)

@@ -133,8 +133,24 @@ def load_tokenizer(ref: ModelRef) -> Any:
     return tokenizer
 
 
-def model_fingerprint(ref: ModelRef) -> str:
+def has_weights(ref: ModelRef) -> bool:
+    """Whether the model's weights are on this machine; nothing is downloaded to find out."""
+    try:
+        if ref.kind == "hub":
+            folder = Path(snapshot_download(ref.source, revision=ref.revision, local_files_only=True))
+        elif ref.kind == "folder":
+            folder = Path(ref.source).expanduser()
+        else:
+            return True
+        return bool(weight_files(folder))
+    except (OSError, ValueError, ModelError):
+        return False
+
+
+def model_fingerprint(ref: ModelRef, weights: bool = True) -> str:
     """Return the hash of everything that decides activations: weights, config, adapter, tokenizer, template, dtype.
+
+    Without ``weights`` it is that of the files but these, and no model's: for plans made before a download.
 
     Paths do not count, so a copy elsewhere has the same fingerprint; nor does what shapes only the rendered text
     (system prompt, template variables), which every row's token ids hold already.
@@ -146,14 +162,14 @@ def model_fingerprint(ref: ModelRef) -> str:
     if ref.kind in ("package", "gguf"):
         parts["gguf"] = {"sha256": digest(find_gguf(ref)), "conversion": CONVERSION}  # tokenizer and template included
     else:
-        folder = _folder(ref, weights=True)
-        parts["weights"] = _digests(folder, weight_files(folder))
+        folder = _folder(ref, weights=weights)
+        parts["weights"] = _digests(folder, weight_files(folder)) if weights else "not here"
         parts["config"] = _digests(folder, ("config.json",))
         parts["tokenizer"] = _digests(folder, TOKENIZER_FILES)
         parts["chat_template"] = _digests(folder, CHAT_TEMPLATE_FILES)
         if ref.trust_remote_code:
             parts["code"] = _digests(folder, ("*.py",))
-    if ref.adapter is not None:
+    if ref.adapter is not None and weights:
         parts["adapter"] = _digests(_adapter_folder(ref), ADAPTER_FILES)
     if ref.attn_implementation is not None:
         parts["attention"] = ref.attn_implementation

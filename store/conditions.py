@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from store.fingerprint import fingerprint
 from store.layers import resolve_layer, resolve_layers
 from store.sites import Site
 from store.study import Add, ConditionSpec, Decoding, MatchNorm, Monitor, ProjectOut, Replay, Tokens
+from store.study_expand import expand_conditions
 from store.yaml_file import where
 
 
@@ -70,33 +72,10 @@ def directions_used(spec: ConditionSpec) -> set[str]:
     return used
 
 
-def expand_sweeps(replay: Replay) -> list[tuple[str, str, float | None, ConditionSpec]]:
-    """Return (name, base name, swept coefficient, spec without lists) of every condition, in the study's order."""
-    expanded: list[tuple[str, str, float | None, ConditionSpec]] = []
-    for base, spec in replay.conditions.items():
-        swept = next((i for i, item in enumerate(spec.interventions) if isinstance(item, Add) and _swept(item)), None)
-        if swept is None:
-            expanded.append((base, base, None, spec))
-            continue
-        item = spec.interventions[swept]
-        assert isinstance(item, Add)
-        assert isinstance(item.coefficient, list)
-        for value in item.coefficient:
-            one = item.model_copy(update={"coefficient": value})
-            interventions = [*spec.interventions[:swept], one, *spec.interventions[swept + 1 :]]
-            copy = spec.model_copy(update={"interventions": interventions})
-            expanded.append((f"{base}[coefficient={_spelt(value)}]", base, value, copy))
-    return expanded
-
-
-def _spelt(value: float) -> str:
-    """Spell a coefficient shortly, but never two of them alike."""
-    text = f"{value:g}"
-    return text if float(text) == value else repr(value)
-
-
-def _swept(item: Add) -> bool:
-    return isinstance(item.coefficient, list)
+def interventions_text(spec: ConditionSpec) -> str:
+    """Spell a condition's interventions as the table `conditions` keeps them."""
+    # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
+    return json.dumps([item.model_dump(mode="json", by_alias=True) for item in spec.interventions])
 
 
 def resolve_conditions(
@@ -112,7 +91,8 @@ def resolve_conditions(
         MismatchError: if a direction belongs to another model.
     """
     conditions, waiting = [], []
-    for name, base, coefficient, spec in expand_sweeps(replay):
+    for one in expand_conditions(replay):
+        name, spec = one.name, one.spec
         needed = directions_used(spec)
         if not needed <= set(directions):
             waiting.append(name)
@@ -126,12 +106,12 @@ def resolve_conditions(
             waiting.append(name)
             continue
         except _DependentError as error:
-            key = f"replay.conditions.{base}.interventions"
+            key = f"replay.conditions.{one.base}.interventions"
             remedy = "name each direction once, and only independent ones"
             raise StudyError(str(error), file=where(file, key), key=key, remedy=remedy) from None
         prompts = tuple(spec.prompts or replay.prompts)
         key = _key(spec, directions, n_layers, model)
-        conditions.append(Condition(name, base, spec.control_of, coefficient, prompts, spec, key, operations))
+        conditions.append(Condition(name, one.series, spec.control_of, one.coefficient, prompts, spec, key, operations))
     return conditions, waiting
 
 
@@ -149,12 +129,19 @@ def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int
             "from_layer": None if item.from_layer is None else resolve_layer(item.from_layer, n_layers),
             "tokens": item.tokens,
         }
+        if item.from_offset:  # left out where it is 0: keys of before stay
+            record["from_offset"] = item.from_offset
         if isinstance(item, Add):
             norm = item.norm
             record["coefficient"] = item.coefficient
             record["norm"] = {"match": directions[norm.match].digest} if isinstance(norm, MatchNorm) else norm
         items.append(record)
     return fingerprint({"model": model, "interventions": items})
+
+
+def source_layer(item: Add | ProjectOut, layer: int, n_layers: int) -> int:
+    """Return the layer whose vector an intervention uses at a layer; it may be none of the model's."""
+    return (layer if item.from_layer is None else resolve_layer(item.from_layer, n_layers)) + item.from_offset
 
 
 class _DependentError(ValueError):
@@ -164,7 +151,7 @@ class _DependentError(ValueError):
 def _operations(item: Add | ProjectOut, directions: Mapping[str, Direction], n_layers: int) -> list[Operation]:
     operations: list[Operation] = []
     for layer in resolve_layers(item.layers, n_layers):
-        source = layer if item.from_layer is None else resolve_layer(item.from_layer, n_layers)
+        source = source_layer(item, layer, n_layers)
         site = Site(item.component, layer)
         if isinstance(item, Add):
             assert isinstance(item.coefficient, float | int)

@@ -1,4 +1,4 @@
-"""How a study names layers: absolute numbers, fractions of depth, ranges, or all."""
+"""How a study names layers: absolute numbers, fractions of depth, ranges, all, or by reference (`store.references`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from store.references import is_reference
 from store.yaml_file import fault
 
 _REMEDY = "write all, [10, 20], [0.5] (a fraction of depth), or {from: 14, to: -1}"
@@ -14,6 +15,8 @@ _REMEDY = "write all, [10, 20], [0.5] (a fraction of depth), or {from: 14, to: -
 
 def _layer_number(value: Any) -> Any:
     """Keep integers and fractions apart: pydantic's smart mode would read True as 1 and '3' as 3."""
+    if is_reference(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise fault(
             f"{value!r} is no layer", "write an integer (negative ones count from the last) or a fraction such as 0.66"
@@ -26,7 +29,8 @@ def _layer_number(value: Any) -> Any:
     return value
 
 
-LayerNumber = Annotated[int | float, BeforeValidator(_layer_number)]
+LayerValue = int | float | str  # a text is a reference
+LayerNumber = Annotated[LayerValue, BeforeValidator(_layer_number)]
 
 
 class LayerRange(BaseModel):
@@ -40,6 +44,8 @@ class LayerRange(BaseModel):
 
     @model_validator(mode="after")
     def _forwards(self) -> LayerRange:
+        if isinstance(self.start, str) or isinstance(self.stop, str):
+            return self
         # Of ends that count in different ways only the model's depth tells; `resolve_layers` checks these.
         alike = type(self.start) is type(self.stop) and (self.start < 0) == (self.stop < 0)
         if alike and self.stop < self.start:
@@ -48,7 +54,7 @@ class LayerRange(BaseModel):
 
 
 def _layers(value: Any) -> Any:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if is_reference(value) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return [value]
     if not (value == "all" or isinstance(value, (list, dict, LayerRange))):
         raise fault(f"{value!r} names no layers", _REMEDY)
@@ -57,18 +63,20 @@ def _layers(value: Any) -> Any:
     return value
 
 
-LayersValue = Literal["all"] | list[int | float] | LayerRange
+LayersValue = Literal["all"] | list[LayerValue] | LayerRange
 Layers = Annotated[Literal["all"] | list[LayerNumber] | LayerRange, BeforeValidator(_layers)]
 
 
-def resolve_layer(layer: int | float, n_layers: int) -> int:
+def resolve_layer(layer: LayerValue, n_layers: int) -> int:
     """Return the absolute layer in [0, n_layers).
 
     A fraction f of depth is layer round(f * (n_layers - 1)); halves round up, so that neighbouring model sizes agree.
 
     Raises:
-        ValueError: if the model has no such layer; the message gives the valid range.
+        ValueError: if the model has no such layer; the message gives the valid range. Or for a reference.
     """
+    if isinstance(layer, str):
+        raise ValueError(f"the layer {layer} is not chosen yet")
     if isinstance(layer, float):
         if not 0.0 <= layer <= 1.0:
             raise ValueError(f"{layer} is no fraction of depth")

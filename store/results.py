@@ -139,10 +139,13 @@ class ResultStore:
         """Return the table's committed files."""
         return [self.location / table / commit.file for commit in self.commits(table)]
 
-    def read(self, table: str, columns: Sequence[str] | None = None, filters: Filters = None) -> pa.Table:
+    def read(
+        self, table: str, columns: Sequence[str] | None = None, filters: Filters = None, *, part: str | None = None
+    ) -> pa.Table:
         """Read a table's committed rows, page checksums verified; no rows (with the schema) where nothing is committed.
 
-        Duplicates are not collapsed here; the SQL views do that.
+        With `part`, only what `replace` (or a block) of that name holds. Duplicates are not collapsed here; the SQL
+        views do that.
 
         Raises:
             DamageError: if a committed file is missing or damaged.
@@ -153,7 +156,8 @@ class ResultStore:
             if name not in schema.names:
                 raise ValueError(f"table {table} has no column {name!r}; it has {', '.join(schema.names)}")
         wanted = list(columns) if columns is not None else schema.names
-        parts = [self._read_file(table, file, wanted, filters) for file in self.files(table)]
+        files = [self.location / table / commit.file for commit in self.commits(table) if part in (None, commit.name)]
+        parts = [self._read_file(table, file, wanted, filters) for file in files]
         empty = pa.schema([schema.field(name) for name in wanted]).empty_table()
         return pa.concat_tables([empty, *parts])
 

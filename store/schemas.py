@@ -164,6 +164,74 @@ TABLES: dict[str, pa.Schema] = {
         ("options", TEXT),  # JSON
         nullable=("options",),
     ),
+    # What a study chose by measuring, or states as given. Written before anything that depends on it is replayed.
+    "choices": _schema(
+        ("study", TEXT),
+        ("model", TEXT),
+        ("choice", TEXT),
+        ("choice_key", TEXT),  # of all that it was made from: rule, candidates, prompts, texts, judges
+        ("status", TEXT),  # chosen | otherwise (no candidate passed) | given
+        ("condition", TEXT),  # the candidate that won
+        ("chosen", TEXT),  # JSON: variable -> value, layers as numbers
+        ("rule", TEXT),  # JSON
+        ("ties", TEXT),  # which of equal candidates wins
+        ("n_tied", INT64),  # candidates with the winner's rate, itself included
+        ("prompt_sets", TEXT),  # JSON
+        ("n_prompts", INT64),  # distinct prompts of the deciding rate
+        ("against_rate", FLOAT64),  # rate under the condition that candidates are compared with
+        ("judges", TEXT),  # JSON: name -> version
+        ("used_by", TEXT),  # JSON: conditions that refer to it
+        nullable=("condition", "against_rate"),
+    ),
+    "choice_candidates": _schema(
+        ("study", TEXT),
+        ("choice", TEXT),
+        ("choice_key", TEXT),
+        ("condition", TEXT),
+        ("condition_key", TEXT),
+        ("variables", TEXT),  # JSON
+        ("outcome", TEXT),
+        ("rate", FLOAT64),  # mean over prompts of the share of their texts with the outcome
+        ("change", FLOAT64),  # rate minus the rate under `against`
+        ("faults", TEXT),  # JSON: why it could not be chosen; [] where it could
+        ("rank", INT64),
+        ("is_chosen", pa.bool_()),
+    ),
+    # Conditions compared prompt by prompt.
+    "comparisons": _schema(
+        ("study", TEXT),
+        ("model", TEXT),
+        ("comparison", TEXT),
+        ("family", TEXT),
+        ("first", TEXT),
+        ("second", TEXT),
+        ("prompt_set", TEXT),
+        ("outcome", TEXT),
+        ("judge", TEXT),
+        ("judge_version", TEXT),
+        ("n_prompts", INT64),  # asked
+        ("n_pairs", INT64),  # compared
+        ("n_left_out", INT64),  # a text or score is missing on either side: left out with its partner
+        ("first_repeats", INT64),  # texts per prompt: seeds, and conditions pooled
+        ("second_repeats", INT64),
+        ("first_rate", FLOAT64),
+        ("first_low", FLOAT64),  # 95% Wilson interval, the prompts being the units
+        ("first_high", FLOAT64),
+        ("second_rate", FLOAT64),
+        ("second_low", FLOAT64),
+        ("second_high", FLOAT64),
+        ("difference", FLOAT64),  # first minus second
+        ("low", FLOAT64),  # 95% interval for paired rates (Newcombe 1998, method 10)
+        ("high", FLOAT64),
+        ("only_first", INT64),  # prompts where the outcome is more frequent in the first
+        ("only_second", INT64),
+        ("test", TEXT),  # mcnemar | sign_flip (several texts per prompt)
+        ("p_exact", FLOAT64),
+        ("p_corrected", FLOAT64),  # McNemar with continuity correction
+        ("p_holm", FLOAT64),  # p_exact corrected for the family; null until all of the family is there
+        ("n_family", INT64),
+        nullable=("p_corrected", "p_holm"),
+    ),
     "scores": _schema(
         ("generation_key", TEXT),
         ("judge", TEXT),

@@ -29,6 +29,7 @@ from store.location import Location
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.sql_activations import add_functions
+from store.sql_verdicts import VERDICTS
 
 REMOTE = "resid-results"  # protocol under which DuckDB sees results that are not on local disk
 Z95 = NormalDist().inv_cdf(0.975)
@@ -42,12 +43,16 @@ VIEWS: dict[str, str] = {
     "cosines": "signed cosines of every pair of directions at every layer",
     "projections": "projection of every row on every direction",
     "conditions": "what each study replays, sweeps expanded",
+    "choices": "what each study chose by measuring, with its rule",
+    "choice_candidates": "every candidate of every choice, with its rate and rank",
+    "comparisons": "conditions compared prompt by prompt, with paired intervals and corrected p-values",
     "generations": "the texts that current studies ask for",
     "all_generations": "every text ever written, as stored",
     "monitored": "projections recorded while generating",
     "scores": "judge scores of the generations that current studies ask for",
     "all_scores": "every score ever written, as stored",
     "labels": "per generation and refusal judge: refusal, degenerate, verdict (NULL where not scored)",
+    "verdicts": "per generation and refusal judge the paper's label: refusal, bypass, degenerate (NULL: not scored)",
     "refusal_rates": "refusals per condition with 95% Wilson intervals, seeds pooled",
     "refusal_rates_by_seed": "the same for each seed",
 }
@@ -78,6 +83,9 @@ CREATE VIEW rows AS SELECT * FROM stored.rows
 CREATE VIEW directions AS SELECT * FROM stored.directions;
 CREATE VIEW cosines AS SELECT * FROM stored.cosines;
 CREATE VIEW conditions AS SELECT * FROM stored.conditions;
+CREATE VIEW choices AS SELECT * FROM stored.choices;
+CREATE VIEW choice_candidates AS SELECT * FROM stored.choice_candidates;
+CREATE VIEW comparisons AS SELECT * FROM stored.comparisons;
 CREATE VIEW projections AS
     SELECT DISTINCT ON (model, row_key, direction, direction_key, component, layer, position) * FROM stored.projections;
 CREATE VIEW monitored AS
@@ -114,7 +122,8 @@ CREATE VIEW stored.asked_judges AS
     UNION ALL BY NAME
     SELECT study, judge, judge_version, CASE
         WHEN bool_or(label IN ('refusal', 'no_refusal')) THEN 'refusal'
-        WHEN bool_or(label IN ('degenerate', 'cut', 'intact')) THEN 'degenerate' END AS measures
+        WHEN bool_or(label IN ('degenerate', 'cut', 'intact')) THEN 'degenerate'
+        WHEN bool_or(label IN ('unsafe', 'safe')) THEN 'unsafe' END AS measures
     FROM generations JOIN stored.unique_scores USING (generation_key)
     WHERE study NOT IN (SELECT study FROM stored.judges)
     GROUP BY study, judge, judge_version;
@@ -196,6 +205,7 @@ def connect(results: Location, activations: Location | None = None) -> duckdb.Du
         for table in TABLES:
             connection.execute(f"CREATE VIEW stored.{table} AS {_select_files(table, store.files(table))}")
         connection.execute(_STATEMENTS)
+        connection.execute(VERDICTS)
     except duckdb.Error as error:
         connection.close()
         raise QueryError(f"{results}: {_message(error)}\n  `resid verify` lists missing and damaged files") from error
@@ -276,6 +286,7 @@ def _sql_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"{_sql_type(kind.value_type)}[]"
     names = {"string": "VARCHAR", "int32": "INTEGER", "int64": "BIGINT", "float": "FLOAT", "double": "DOUBLE"}
+    names["bool"] = "BOOLEAN"
     return "TIMESTAMP WITH TIME ZONE" if pa.types.is_timestamp(kind) else names[str(kind)]
 
 

@@ -1,7 +1,6 @@
 """The study file: what one study captures, computes, replays and judges.
 
-`studies/demo.yaml` documents every key by example; here are their types. Reading and cross-checking a file is the
-business of `store.study_file`.
+`studies/demo.yaml` documents every key by example; here are their types. `store.study_file` reads and checks a file.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -26,15 +23,23 @@ from pydantic import (
 from store.layers import LayerNumber, Layers
 from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
+from store.references import Reference, Value
 from store.sites import Component
-from store.study_types import CapturePosition, Name, Names, Position, Scalar, SetName, StudyName, distinct
+from store.study_select import Claim, Comparison, Selection
+from store.study_traits import Keep, TraitSource
+from store.study_types import (
+    CapturePosition,
+    JudgeOption,
+    Name,
+    Names,
+    Position,
+    Scalar,
+    SetName,
+    Strict,
+    StudyName,
+    distinct,
+)
 from store.yaml_file import fault, nearest
-
-
-class Strict(BaseModel):
-    """A frozen record that refuses keys it does not know, values of another kind ("3" or true for 3), and NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Columns(Strict):
@@ -102,17 +107,6 @@ class PromptSource(Strict):
         return self
 
 
-class TraitSource(Strict):
-    """A trait file; it adds the prompt sets ``<name>.positive`` and ``<name>.negative``.
-
-    Each set is every instruction (as the system prompt) with every question (as the user's turn).
-    """
-
-    path: str
-    instructions: int | None = Field(default=None, ge=1, description="use only the first so many of each side")
-    questions: int | None = Field(default=None, ge=1, description="use only the first so many")
-
-
 class CaptureEntry(Strict):
     """What to read of which prompts."""
 
@@ -121,6 +115,7 @@ class CaptureEntry(Strict):
     layers: Layers = "all"
     positions: list[CapturePosition] = Field(default=["prompt_end"], min_length=1)
     responses: str | None = Field(default=None, description="capture with the text generated under this condition")
+    keep: Keep | None = Field(default=None, description="trait: of a trait's answers, only those that count")
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     @field_validator("components", "positions")
@@ -138,6 +133,7 @@ class DifferenceOfMeans(Strict):
     component: Component = "resid_post"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
     @field_validator("positive", "negative", mode="before")
     @classmethod
@@ -214,6 +210,7 @@ class ProjectionsSpec(Strict):
     directions: Literal["all"] | Names = "all"
     position: Position = "prompt_end"
     responses: str | None = None
+    keep: Keep | None = None
 
 
 class Geometry(Strict):
@@ -240,14 +237,15 @@ class Add(Strict):
     add: str
     layers: Layers
     component: Component = "resid_post"
-    coefficient: float | list[float] = 1.0
+    coefficient: float | list[float] | Reference = 1.0
     norm: Literal["natural", "unit"] | MatchNorm = "natural"
     tokens: Tokens = "all"
     from_layer: LayerNumber | None = Field(default=None, description="use this layer's vector everywhere")
+    from_offset: int = Field(default=0, description="use the vector of the layer so many above (below: negative)")
 
     @field_validator("coefficient")
     @classmethod
-    def _some(cls, value: float | list[float]) -> float | list[float]:
+    def _some(cls, value: float | list[float] | str) -> float | list[float] | str:
         if value == []:
             raise fault("a sweep needs at least one coefficient", "write [1, 2], or a single number")
         if isinstance(value, list) and len(set(value)) < len(value):
@@ -268,6 +266,7 @@ class ProjectOut(Strict):
     component: Component = "resid_post"
     tokens: Tokens = "all"
     from_layer: LayerNumber | None = None
+    from_offset: int = 0
 
     @field_validator("project_out", mode="before")
     @classmethod
@@ -307,10 +306,11 @@ InterventionSpec = Annotated[
 
 
 class ConditionSpec(Strict):
-    """A named list of interventions, applied in order; none is the baseline."""
+    """A list of interventions, in order; none is the baseline. `each`: one per combination of values of `$name`."""
 
     interventions: list[InterventionSpec] = []
     control_of: str | None = None
+    each: dict[Name, Annotated[list[Value], Field(min_length=1)]] = {}
     prompts: Names | None = Field(default=None, description="replay these instead of replay.prompts")
 
 
@@ -339,6 +339,7 @@ class Monitor(Strict):
     directions: Names
     layers: Layers = "all"
     component: Component = "resid_post"
+    conditions: Names | None = Field(default=None, description="record under these only")
 
 
 class Replay(Strict):
@@ -375,7 +376,10 @@ class Study(Strict):
     directions: dict[Name, DirectionSpec] = {}
     geometry: Geometry = Geometry()
     replay: Replay | None = None
-    judges: dict[str, dict[str, Scalar]] = {"refusal_phrases": {}, "degenerate": {}}
+    select: dict[Name, Selection] = {}
+    comparisons: dict[Name, Comparison] = {}
+    claims: dict[Name, Claim] = {}
+    judges: dict[str, dict[str, JudgeOption]] = {"refusal_phrases": {}, "degenerate": {}}
     token_budget: int | None = Field(
         default=None, ge=1, description="tokens (padding included) in one capture batch; default: measured"
     )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from store.conditions import directions_used, expand_sweeps
-from store.errors import StudyError
+from store.conditions import directions_used
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
 from store.study import (
@@ -25,43 +23,37 @@ from store.study import (
     Random,
     Study,
 )
-from store.yaml_file import KeyPath, dotted, line_of, nearest, read_yaml, validation_error
+from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
+from store.study_choices import without_idle_candidates
+from store.study_traits import SIDES, parse_trait_set, trait_set_name
+from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
 
 
-class _Checker:
-    """Cross-references of a study; every complaint carries file, line and key path."""
+class _Checker(Complaints):
+    """Cross-references of a study."""
 
     def __init__(self, study: Study, node: yaml.Node):
-        self.study, self.node = study, node
-        traits = {f"{name}.{side}" for name in study.traits for side in ("positive", "negative")}
+        super().__init__(study, node)
+        traits = {each for name, source in study.traits.items() for each in source.set_names(name)}
         parts = {f"{n}@{p}" for n, source in study.prompts.items() if source.split for p in source.split.parts}
         self.prompt_sets = set(study.prompts) | parts | traits
-        # Sweeps expanded, with the prompt sets that each condition replays.
-        self.conditions = (
-            {name: spec.prompts or study.replay.prompts for name, _, _, spec in expand_sweeps(study.replay)}
-            if study.replay
-            else {}
-        )
-
-    def fail(self, problem: str, path: KeyPath, remedy: str) -> typing.NoReturn:
-        file = f"{self.study.file}:{line_of(self.node, path)}"
-        raise StudyError(problem, file=file, key=dotted(path), remedy=remedy)
-
-    def known(self, what: str, name: str, known: Iterable[str], path: KeyPath) -> None:
-        if name not in known:
-            self.fail(f"no {what} is named {name!r}", path, nearest(name, known))
+        self.single = self.expanded()
+        # Every single condition with the prompt sets that it replays.
+        self.conditions = {
+            item.name: item.spec.prompts or study.replay.prompts for item in self.single if study.replay is not None
+        }
 
     def prompts(self, names: Iterable[str], path: KeyPath) -> None:
         for name in names:
             self.known("prompt set", name, self.prompt_sets, path)
 
-    def responses(self, condition: str | None, path: KeyPath) -> None:
-        """Check that `responses` names what generates them: one condition, and no whole sweep."""
+    def responses(self, condition: str | None, path: KeyPath, key: str = "responses") -> None:
+        """Check that `responses` (or another key) names what generates them: one condition, and no whole sweep."""
         if condition is None or condition in self.conditions:
             return
-        here = (*path, "responses")
+        here = (*path, key)
         steps = [name for name in self.conditions if name.startswith(f"{condition}[")]
         if steps:
             self.fail(f"the condition {condition!r} is a sweep", here, f"name one of {', '.join(steps)}")
@@ -69,7 +61,6 @@ class _Checker:
 
     def files(self) -> None:
         """Check that what the study names by path is there; the paths are absolute by now."""
-        folder = self.study.file.absolute().parent
         sources: list[tuple[KeyPath, str | None]] = [
             *((("prompts", name, "path"), source.path) for name, source in self.study.prompts.items()),
             *((("traits", name, "path"), source.path) for name, source in self.study.traits.items()),
@@ -77,18 +68,45 @@ class _Checker:
         for path, text in sources:
             if text is not None and not Path(text).is_file():
                 what = "is a folder" if Path(text).is_dir() else "does not exist"
-                self.fail(f"the file {text} {what}", path, f"check it; relative paths start at {folder}")
+                remedy = f"check it; relative paths start at {self.folder(path)}"
+                self.fail(f"the file {text} {what}", path, remedy)
         for key in ("source", "adapter"):
             text = getattr(self.study.model, key)
             if text is not None and is_local(text) and not Path(text).exists():
-                remedy = f"check it; paths that start with . are relative to {folder}"
+                remedy = f"check it; paths that start with . are relative to {self.folder(('model', key))}"
                 self.fail(f"there is no file or folder {text}", ("model", key), remedy)
+
+    def folder(self, path: KeyPath) -> Path:
+        """Return where relative paths of a key start: the folder of the file that holds it."""
+        return file_of(self.node, path).absolute().parent
+
+    def traits(self) -> None:
+        for name, source in self.study.traits.items():
+            if source.answers is not None:
+                path: KeyPath = ("traits", name)
+                self.responses(source.answers, path, "answers")
+                self.replayed(source.answers, (trait_set_name(name, "model", side) for side in SIDES), path, "answers")
+
+    def kept(self, keep: str | None, names: Iterable[str], responses: str | None, path: KeyPath) -> None:
+        """Check that answers can be kept: they are a trait's, and generated."""
+        here = (*path, "keep")
+        for name in names if keep else ():
+            part = parse_trait_set(name)
+            if part is None:
+                self.fail(f"{name!r} is no prompt set of a trait: it has no answers to keep", here, "delete keep")
+            source = self.study.traits[part.trait]
+            if part.family == "user" and source.keep == "all":
+                remedy = f"set traits.{part.trait}.keep: trait"
+                self.fail(f"{name!r} was made of all answers, and holds no others to choose from", here, remedy)
+            if part.family == "model" and responses is None:
+                self.fail("there are no answers to keep", here, "set `responses:` to the replay condition that answers")
 
     def capture(self) -> None:
         for index, entry in enumerate(self.study.capture):
             path: KeyPath = ("capture", index)
             self.prompts(entry.prompts, (*path, "prompts"))
             self.responses(entry.responses, path)
+            self.kept(entry.keep, entry.prompts, entry.responses, path)
             if entry.responses is not None:
                 self.replayed(entry.responses, entry.prompts, path)
                 continue
@@ -102,23 +120,32 @@ class _Checker:
                         "set `responses:` to a replay condition, or name a response column of the prompt file",
                     )
 
-    def replayed(self, condition: str, prompts: Iterable[str], path: KeyPath) -> None:
+    def replayed(self, condition: str, prompts: Iterable[str], path: KeyPath, key: str = "responses") -> None:
         """Check that a condition generates responses to those prompts."""
         replayed = self.conditions[condition]
         for name in prompts:
             if name not in replayed and name.partition("@")[0] not in replayed:
                 self.fail(
                     f"condition {condition!r} does not replay the prompt set {name!r}",
-                    (*path, "responses"),
+                    (*path, key),
                     f"add it to replay.conditions.{condition.partition('[')[0]}.prompts",
                 )
 
     def captured(
-        self, names: Iterable[str], component: str, position: str, responses: str | None, path: KeyPath
+        self,
+        names: Iterable[str],
+        component: str,
+        position: str,
+        responses: str | None,
+        keep: str | None,
+        path: KeyPath,
     ) -> None:
         """Check that some capture entry holds what a direction or projection reads."""
         for name in names:
-            if not any(captures_of(self.study, name, component, position, responses)):
+            if not any(captures_of(self.study, name, component, position, responses, keep)):
+                if keep is None and any(captures_of(self.study, name, component, position, responses, "trait")):
+                    problem = f"only the answers to {name!r} that count are captured"
+                    self.fail(problem, path, "add `keep: trait` here, or capture an entry without it")
                 suffix = f" with responses {responses!r}" if responses else ""
                 self.fail(
                     f"nothing captures {component} at {position} of {name!r}{suffix}",
@@ -140,7 +167,8 @@ class _Checker:
                 self.responses(spec.responses, path)
                 for side, names in (("positive", spec.positive), ("negative", spec.negative)):
                     self.prompts(names, (*path, side))
-                    self.captured(names, spec.component, spec.position, spec.responses, (*path, side))
+                    self.captured(names, spec.component, spec.position, spec.responses, spec.keep, (*path, side))
+                    self.kept(spec.keep, names, spec.responses, path)
                 for shared in [name for name in spec.negative if name in spec.positive]:
                     self.fail(f"{shared!r} is on both sides", (*path, "negative"), "name it on one side")
         for name in specs:
@@ -158,10 +186,11 @@ class _Checker:
             self.fail(f"directions depend on each other: {loop}", ("directions", name), "break the loop")
         spec = self.study.directions[name]
         needed = [other for _, other in references(spec)]
-        if isinstance(spec, DifferenceOfMeans) and spec.responses is not None:
-            assert self.study.replay is not None
-            interventions = self.study.replay.conditions[spec.responses.partition("[")[0]]
-            needed += sorted(directions_used(interventions) & set(self.study.directions))
+        if isinstance(spec, DifferenceOfMeans):
+            turns = [part.trait for n in (*spec.positive, *spec.negative) if (part := parse_trait_set(n)) is not None]
+            conditions = {spec.responses, *(self.study.traits[trait].answers for trait in turns)} - {None}
+            used = {used for one in self.single if one.name in conditions for used in directions_used(one.spec)}
+            needed += sorted(used & set(self.study.directions))
         for other in needed:
             self.acyclic(other, (*trail, name))
 
@@ -174,19 +203,22 @@ class _Checker:
             path: KeyPath = ("geometry", "projections", index)
             self.prompts(projection.prompts, (*path, "prompts"))
             self.responses(projection.responses, path)
+            self.kept(projection.keep, projection.prompts, projection.responses, path)
             names = list(specs) if projection.directions == "all" else projection.directions
             for name in names:
                 self.known("direction", name, specs, (*path, "directions"))
                 component = component_of(self.study, name)
                 here = (*path, "prompts")
-                self.captured(projection.prompts, component, projection.position, projection.responses, here)
+                source = (component, projection.position, projection.responses, projection.keep)
+                self.captured(projection.prompts, *source, here)
 
     def replay(self) -> None:
         if self.study.replay is None:
             return
         replay, specs = self.study.replay, self.study.directions
         self.prompts(replay.prompts, ("replay", "prompts"))
-        for name, condition in replay.conditions.items():
+        for item in self.single:
+            name, condition = item.base, item.spec
             path: KeyPath = ("replay", "conditions", name)
             self.prompts(condition.prompts or [], (*path, "prompts"))
             if condition.control_of is not None:
@@ -194,26 +226,21 @@ class _Checker:
                 self.known("condition", condition.control_of, known, (*path, "control_of"))
                 if condition.control_of.partition("[")[0] == name:
                     self.fail("a condition is no control of itself", (*path, "control_of"), "name another condition")
-            sweeps = 0
             for index, intervention in enumerate(condition.interventions):
                 here: KeyPath = (*path, "interventions", index)
                 if isinstance(intervention, Add):
                     self.known("direction", intervention.add, specs, (*here, "add"))
-                    sweeps += isinstance(intervention.coefficient, list)
                     if isinstance(intervention.norm, MatchNorm):
                         self.known("direction", intervention.norm.match, specs, (*here, "norm", "match"))
                 else:
                     for direction in intervention.project_out:
                         self.known("direction", direction, specs, (*here, "project_out"))
-            if sweeps > 1:
-                self.fail(
-                    "two interventions sweep their coefficient",
-                    (*path, "interventions"),
-                    "write one condition per combination",
-                )
         if replay.monitor is not None:
             for direction in replay.monitor.directions:
                 self.known("direction", direction, specs, ("replay", "monitor", "directions"))
+            for name in replay.monitor.conditions or []:
+                known = [*replay.conditions, *self.conditions]
+                self.known("condition", name, known, ("replay", "monitor", "conditions"))
 
 
 def references(spec: object) -> list[tuple[str, str]]:
@@ -236,11 +263,16 @@ def component_of(study: Study, direction: str) -> str:
 
 
 def captures_of(
-    study: Study, prompt_set: str, component: str, position: str, responses: str | None
+    study: Study, prompt_set: str, component: str, position: str, responses: str | None, keep: str | None = None
 ) -> Iterator[CaptureEntry]:
-    """Yield the capture entries that read a component and position of a prompt set."""
+    """Yield the capture entries that read a component and position of a prompt set: of all its answers, or with `keep`
+    of those that count (an entry that captures all of them will do)."""
+    part = parse_trait_set(prompt_set)
+    if part is not None and part.family == "user":
+        keep = "trait"  # its prompts are chosen already
     for entry in study.capture:
         named = prompt_set in entry.prompts or prompt_set.partition("@")[0] in entry.prompts
+        named &= entry.keep in (None, keep)
         if named and component in entry.components and position in entry.positions and entry.responses == responses:
             yield entry
 
@@ -252,43 +284,51 @@ def load_study(path: str | Path) -> Study:
         StudyError: for the first fault found, with file, line, key path and remedy.
     """
     file = Path(path)
-    data, node = read_yaml(file, "study file")
+    data, node = read_with_base(file, "study file")
     try:
         study = Study.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, Study, file, node, DOCUMENTATION) from None
-    study = _with_absolute_paths(study.read_from(file), file)
+        raise validation_error(error, Study, node, DOCUMENTATION) from None
+    study = without_idle_candidates(_with_absolute_paths(study.read_from(file), node))
     checker = _Checker(study, node)
     checker.files()
+    checker.traits()
     checker.capture()
     checker.replay()
     checker.directions()
     checker.geometry()
+    for selection in study.select.values():
+        checker.prompts(selection.sets, ("select",))
+    check_choices(checker, checker.conditions)
+    check_comparisons(checker, checker.conditions)
+    check_claims(checker)
     return study
 
 
-def _absolute(file: Path, path: str) -> Path:
-    return file.absolute().parent / os.path.expanduser(path)
+def _with_absolute_paths(study: Study, node: yaml.Node) -> Study:
+    """Resolve the paths of inputs against the folder of the file that names them."""
 
+    def absolute(path: KeyPath, text: str) -> str:
+        return str((file_of(node, path).absolute().parent / os.path.expanduser(text)).resolve())
 
-def _with_absolute_paths(study: Study, file: Path) -> Study:
-    """Resolve the paths of inputs against the study file's folder."""
-
-    def moved(source: Any) -> Any:
-        if source.path is None:
-            return source
-        return source.model_copy(update={"path": str(_absolute(file, source.path).resolve())})
+    def moved(section: str, sources: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: source
+            if source.path is None
+            else source.model_copy(update={"path": absolute((section, name, "path"), source.path)})
+            for name, source in sources.items()
+        }
 
     model = study.model
     local = {
-        key: str(_absolute(file, value).resolve())
+        key: absolute(("model", key), value)
         for key in ("source", "adapter")
         if (value := getattr(model, key)) is not None and value.startswith(("./", "../", "~"))
     }
     return study.model_copy(
         update={
-            "prompts": {name: moved(source) for name, source in study.prompts.items()},
-            "traits": {name: moved(source) for name, source in study.traits.items()},
+            "prompts": moved("prompts", study.prompts),
+            "traits": moved("traits", study.traits),
             "model": model.model_copy(update=local),
         }
     )

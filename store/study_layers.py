@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from store.conditions import source_layer
 from store.errors import StudyError
-from store.layers import LayersValue, resolve_layer, resolve_layers
-from store.study import Add, DifferenceOfMeans, MatchNorm, Study
+from store.layers import LayersValue, LayerValue, resolve_layer, resolve_layers
+from store.study import Add, ConditionSpec, DifferenceOfMeans, MatchNorm, Study
+from store.study_choices import possible
+from store.study_expand import BadConditionError, is_layer
 from store.study_file import captures_of, references
 from store.yaml_file import where
 
@@ -21,14 +26,15 @@ def check_layers(study: Study, n_layers: int) -> None:
     if study.replay is None:
         return
     computed = {name: direction_layers(study, name, n_layers) for name in study.directions}
-    for name, spec in study.replay.conditions.items():
+    for name, spec in _possible(study, n_layers):
         for index, item in enumerate(spec.interventions):
             key = f"replay.conditions.{name}.interventions[{index}]"
             layers = _resolve(study, item.layers, n_layers, f"{key}.layers")
-            key, read = f"{key}.layers", layers
+            key = f"{key}.layers"
             if item.from_layer is not None:
                 key = key.removesuffix("layers") + "from_layer"
-                read = [_resolve_one(study, item.from_layer, n_layers, key)]
+                _resolve_one(study, item.from_layer, n_layers, key)
+            read = [source_layer(item, layer, n_layers) for layer in layers]
             used = [item.add] if isinstance(item, Add) else list(item.project_out)
             if isinstance(item, Add) and isinstance(item.norm, MatchNorm):
                 used.append(item.norm.match)
@@ -37,6 +43,22 @@ def check_layers(study: Study, n_layers: int) -> None:
     if monitor is not None:
         layers = _resolve(study, monitor.layers, n_layers, "replay.monitor.layers")
         _require(study, monitor.directions, layers, computed, "replay.monitor.layers")
+
+
+def _possible(study: Study, n_layers: int) -> Iterator[tuple[str, ConditionSpec]]:
+    """Yield every condition under every value that it may get, with errors that name the file."""
+    try:
+        for choice, selection in study.select.items():
+            for key, values in (("given", selection.given), ("otherwise", selection.otherwise)):
+                layers = {name: value for name, value in (values or {}).items() if is_layer(name)}
+                for name, layer in layers.items():
+                    _resolve_one(study, layer, n_layers, f"select.{choice}.{key}.{name}")
+        yield from possible(study, n_layers)
+    except BadConditionError as error:
+        key = f"replay.conditions.{'.'.join(error.path)}"
+        raise StudyError(error.problem, file=where(study.file, key), key=key, remedy=error.remedy) from None
+    except ValueError as error:
+        raise _no_such_layer(study, error, "replay.conditions") from None
 
 
 def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
@@ -49,7 +71,7 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
     if isinstance(spec, DifferenceOfMeans):
         each = []
         for prompts in [*spec.positive, *spec.negative]:
-            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses)
+            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses, spec.keep)
             each.append({layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)})
     else:
         each = [direction_layers(study, other, n_layers) for _, other in references(spec)]
@@ -83,7 +105,7 @@ def _resolve(study: Study, layers: LayersValue, n_layers: int, key: str) -> list
         raise _no_such_layer(study, error, key) from None
 
 
-def _resolve_one(study: Study, layer: int | float, n_layers: int, key: str) -> int:
+def _resolve_one(study: Study, layer: LayerValue, n_layers: int, key: str) -> int:
     try:
         return resolve_layer(layer, n_layers)
     except ValueError as error:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
 
 Scalar = str | int | float | bool | None
+JudgeOption = Scalar | list[Scalar]
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses keys it does not know, values of another kind ("3" or true for 3), and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _name(text: str) -> str:

@@ -1,6 +1,7 @@
 """YAML files that people write: read with line numbers, and checked against records so that every complaint helps.
 
-The scalars are those of YAML 1.2, where `off`, `no` and dates are text and `1e-3` is a number.
+The scalars are those of YAML 1.2, where `off`, `no` and dates are text and `1e-3` is a number. A study file may build
+on another one (`store.yaml_base`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from store.errors import StudyError
+from store.yaml_base import BASE, merged, merged_nodes
 
 KeyPath = tuple[str | int, ...]
 
@@ -71,15 +73,62 @@ def read_yaml(path: Path, what: str) -> tuple[dict[str, Any], yaml.Node]:
     except OSError as error:
         raise StudyError(f"cannot read the {what}: {error.strerror}", file=str(path), remedy="check the path") from None
     except UnicodeDecodeError as error:
-        raise StudyError(f"the {what} is not UTF-8: {error}", file=str(path), remedy="save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StudyError(
+            f"the {what} is not UTF-8: {error}", file=f"{path}:{line}", remedy="save it as UTF-8"
+        ) from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _composed(text, path)
         data = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise _yaml_error(error, text, path) from None
     if not isinstance(data, dict) or node is None:
         raise StudyError(f"the {what} holds no mapping of keys", file=str(path), remedy="write `key: value` lines")
     return data, node
+
+
+def read_with_base(path: Path, what: str, trail: tuple[Path, ...] = ()) -> tuple[dict[str, Any], yaml.Node]:
+    """Return what `read_yaml` does, on top of the file that the key ``base`` names, and so on down.
+
+    Args:
+        path: the file; its base is relative to it.
+        what: what the file is, for messages.
+        trail: the files that build on this one.
+
+    Raises:
+        StudyError: as `read_yaml`; or if a file builds on itself, or its base cannot be read.
+    """
+    data, node = read_yaml(path, what)
+    if BASE not in data:
+        return data, node
+    name = data.pop(BASE)
+    at = place_of(node, (BASE,))
+    if not isinstance(name, str) or not name:
+        raise StudyError("base is the path of one file", file=at, key=BASE, remedy="write base: other.yaml")
+    file = path.parent / name
+    here = path.resolve()
+    if file.resolve() in (*trail, here):
+        loop = " -> ".join(item.name for item in (*trail, here, file.resolve()))
+        raise StudyError(f"a file cannot build on itself: {loop}", file=at, key=BASE, remedy="name another file")
+    if not file.is_file():
+        remedy = f"check it; it is relative to {path.absolute().parent}"
+        raise StudyError(f"the file {name} does not exist", file=at, key=BASE, remedy=remedy)
+    below, below_node = read_with_base(file, what, (*trail, here))
+    assert isinstance(node, yaml.MappingNode)
+    assert isinstance(below_node, yaml.MappingNode)
+    node.value = [(key, value) for key, value in node.value if key.value != BASE]
+    return merged(below, data), merged_nodes(below_node, node)
+
+
+def _composed(text: str, path: Path) -> yaml.Node | None:
+    """Return the node tree of a text, each node's mark with the file's path."""
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    finally:
+        loader.dispose()
 
 
 def _yaml_error(error: Exception, text: str, path: Path) -> StudyError:
@@ -95,21 +144,31 @@ def _yaml_error(error: Exception, text: str, path: Path) -> StudyError:
     return StudyError(f"not valid YAML: {problem}", file=f"{path}:{line}" if line else str(path), remedy=remedy)
 
 
-def line_of(node: yaml.Node, path: KeyPath) -> int:
-    """Return the 1-based line of a key path, or of its deepest part that the file has."""
-    line = node.start_mark.line + 1
+def place_of(node: yaml.Node, path: KeyPath) -> str:
+    """Return ``file:line`` of a key path, or of its deepest part that is there; lines count from 1."""
+    mark = _mark(node, path)
+    return f"{mark.name}:{mark.line + 1}"
+
+
+def file_of(node: yaml.Node, path: KeyPath) -> Path:
+    """Return the file that holds a key path: the one on top, or a base of it."""
+    return Path(_mark(node, path).name)
+
+
+def _mark(node: yaml.Node, path: KeyPath) -> Any:
+    mark = node.start_mark
     for part in path:
         if isinstance(node, yaml.MappingNode):
             found = next(((k, v) for k, v in node.value if getattr(k, "value", None) == str(part)), None)
             if found is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            mark, node = found[0].start_mark, found[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
-            line = node.start_mark.line + 1
+            mark = node.start_mark
         else:
             break
-    return line
+    return mark
 
 
 def dotted(path: KeyPath) -> str:
@@ -128,10 +187,10 @@ def where(file: Path | None, key: str) -> str | None:
     if file is None or not file.is_file():
         return None if file is None or file == Path(".") else str(file)
     try:
-        _, node = read_yaml(file, "file")
+        _, node = read_with_base(file, "file")
     except StudyError:
         return str(file)
-    return f"{file}:{line_of(node, _parse(key, node))}"
+    return place_of(node, _parse(key, node))
 
 
 def _parse(key: str, node: yaml.Node) -> KeyPath:
@@ -172,9 +231,7 @@ def fault(problem: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError("fault", "{problem}", {"problem": problem, "remedy": remedy})
 
 
-def validation_error(
-    error: ValidationError, model: type[BaseModel], file: Path, node: yaml.Node, documentation: str
-) -> StudyError:
+def validation_error(error: ValidationError, model: type[BaseModel], node: yaml.Node, documentation: str) -> StudyError:
     """Turn pydantic's complaints about a file into one StudyError with file, line, key path and remedy.
 
     A record may have a class variable `refused` (key -> reason) for keys that it lacks on purpose.
@@ -205,7 +262,7 @@ def validation_error(
     elif not isinstance(item["input"], (dict, list)) and _shown(item["input"]) not in problem:
         problem += f" (it is {_shown(item['input'])})"
     remedy = remedy or f"correct the value; {documentation} documents every key"
-    return StudyError(problem, file=f"{file}:{line_of(node, path)}", key=dotted(path) or None, remedy=remedy)
+    return StudyError(problem, file=place_of(node, path), key=dotted(path) or None, remedy=remedy)
 
 
 def _unknown_key(key: str, owners: Sequence[type[BaseModel]]) -> tuple[str, str]:

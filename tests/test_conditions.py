@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 from store.conditions import (
     decoding_key,
     directions_used,
-    expand_sweeps,
     generation_key,
     orthonormal_basis,
     resolve_conditions,
@@ -25,6 +24,7 @@ from store.directions import Direction
 from store.errors import MismatchError, StudyError
 from store.sites import Site
 from store.study import ConditionSpec, Decoding, Monitor, Replay
+from store.study_expand import expand_conditions
 
 N_LAYERS, D = 6, 4
 
@@ -54,14 +54,14 @@ def resolved(*items: dict[str, Any], directions: dict[str, Direction] = DIRECTIO
 def test_a_sweep_becomes_one_condition_per_coefficient_with_distinct_names() -> None:
     values = [1, 2.5, -1.0, 0, 0.1234567, 0.1234568, 1e-7]
     sweep = [{"project_out": "a", "layers": 1}, {"add": "bb", "layers": [2], "coefficient": values}]
-    expanded = expand_sweeps(replay(base=[], x=sweep))
-    assert [(base, value) for _, base, value, _ in expanded] == [("base", None), *(("x", value) for value in values)]
-    names = [name for name, *_ in expanded]
+    expanded = expand_conditions(replay(base=[], x=sweep))
+    assert [(item.base, item.coefficient) for item in expanded] == [("base", None), *(("x", value) for value in values)]
+    names = [item.name for item in expanded]
     assert names[:4] == ["base", "x[coefficient=1]", "x[coefficient=2.5]", "x[coefficient=-1]"]
     assert len(set(names)) == len(names)
-    for _, _, value, spec in expanded[1:]:
-        assert spec.interventions[1].coefficient == value  # type: ignore[union-attr]
-        assert spec.interventions[0].project_out == ["a"]  # type: ignore[union-attr]
+    for item in expanded[1:]:
+        assert item.spec.interventions[1].coefficient == item.coefficient  # type: ignore[union-attr]
+        assert item.spec.interventions[0].project_out == ["a"]  # type: ignore[union-attr]
 
 
 def test_directions_used_include_those_whose_norm_is_matched() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import refusal_phrases
-from analysis.judges import JUDGES, Degenerate, Judge, JudgeScore, RefusalPhrases, make_judge, normalise
+from analysis.judge_registry import make_judge
+from analysis.judges import JUDGES, Degenerate, Judge, JudgeScore, RefusalPhrases, normalise
 from store.errors import StudyError
 
 REFUSALS = [

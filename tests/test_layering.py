@@ -40,9 +40,10 @@ ONE_PLACE = {
     "sklearn": ("analysis/",),
     "matplotlib": ("analysis/",),
     "datasets": ("store/prompt",),
+    "httpx": ("pipeline/judge_client.py",),
 }
 # Stages that work from what is stored: the model's libraries stay out of their process.
-WITHOUT_TORCH = ("directions", "geometry", "score", "sql", "report")
+WITHOUT_TORCH = ("directions", "geometry", "score", "compare", "sql", "report")
 
 
 def name_of(path: Path) -> str:

@@ -23,7 +23,11 @@ def commands() -> list[str]:
     found: list[str] = []
     text = (README + (ROOT / "Makefile").read_text(encoding="utf-8")).replace("\\\n", " ")
     for match in re.finditer(r"^(?:\$ |\t@)?(?:\.venv/bin/|\$\(BIN\)/)?resid ((?:[^\n]|\n {6})+)", text, re.MULTILINE):
-        line = re.sub(r"\s{2,}#.*|\s{6,}# .*", "", match[1]).replace("$(DEMO)", "studies/demo.yaml")
+        line = (
+            re.sub(r"\s{2,}#.*|\s{6,}# .*", "", match[1])
+            .replace("$(DEMO)", "demo.yaml")
+            .replace("$(PAPER)", "paper.yaml")
+        )
         first, _, rest = line.partition(" ")
         found += [f"{name} {rest}" for name in first.split("|")]
     return found
