@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from analysis.directions import MeansTask, derive, derived_key, difference_of_means
+from analysis.energy import EnergyRows, energy_matched, energy_matched_key
 from jobs.context import Context, StageReport
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
@@ -15,8 +16,8 @@ from store.directions import Direction, directions_from_table
 from store.errors import MissingDataError
 from store.fingerprint import canonical_json
 from store.schemas import TABLES
-from store.study import DifferenceOfMeans, DirectionSpec
-from store.study_file import references
+from store.study import DifferenceOfMeans, RandomMatched
+from store.study_directions import references
 from store.study_layers import direction_layers
 
 
@@ -83,24 +84,41 @@ def current_directions(context: Context) -> tuple[dict[str, Direction], dict[str
                 current[name] = known[name]
             else:
                 tasks[name] = task
-    _derive(context.study.directions, known, current)
+    waiting |= _derive(context, known, current)
     return current, tasks, waiting
 
 
-def _derive(specs: Mapping[str, DirectionSpec], known: Mapping[str, Direction], current: dict[str, Direction]) -> None:
-    """Add every derived direction whose parents are current; one with the same key as before is taken as it is."""
+def _derive(context: Context, known: Mapping[str, Direction], current: dict[str, Direction]) -> dict[str, str]:
+    """Add every derived direction whose parents are current; one with the same key as before is taken as it is.
+
+    Returns:
+        What those wait for that need rows which are not captured yet, by name.
+    """
+    waiting: dict[str, str] = {}
     progressed = True
     while progressed:
         progressed = False
-        for name, spec in specs.items():
-            if name in current or isinstance(spec, DifferenceOfMeans):
+        for name, spec in context.study.directions.items():
+            if name in current or name in waiting or isinstance(spec, DifferenceOfMeans):
                 continue
             needed = {other for _, other in references(spec)}
-            if needed <= set(current):
-                parents = {other: current[other] for other in needed}
+            if not needed <= set(current):
+                continue
+            progressed = True
+            parents = {other: current[other] for other in needed}
+            if not isinstance(spec, RandomMatched):
                 same = name in known and known[name].key == derived_key(spec, parents)
                 current[name] = known[name] if same else derive(name, spec, parents)
-                progressed = True
+                continue
+            parent = parents[spec.match_energy]
+            try:
+                keys = tuple(context.row_texts(spec.prompts, spec.responses, spec.keep))
+                rows = EnergyRows(str(context.store.location), keys, spec.position)
+                same = name in known and known[name].key == energy_matched_key(spec.seed, parent, rows)
+                current[name] = known[name] if same else energy_matched(name, spec.seed, parent, rows)
+            except MissingDataError as error:
+                waiting[name] = str(error).splitlines()[0]
+    return waiting
 
 
 def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
@@ -118,7 +136,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
             else:
                 waiting[name] = result
             advance(1)
-    _derive(specs, before, current)
+    waiting |= _derive(context, before, current)
     for name in specs:
         if name not in current and name not in waiting:
             waiting[name] = "it waits for the directions that it is computed from"

@@ -20,7 +20,7 @@ import yaml
 DATA = Path(__file__).parent / "data"
 SEED = 0
 STEPS = 200  # of the first phase, in one pass
-REFINING_STEPS = 250  # of the second phase
+REFINING_STEPS = 150  # of the second phase
 
 T = TypeVar("T")
 Kind = Literal["do", "text", "ask"]

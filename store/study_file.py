@@ -16,15 +16,14 @@ from store.sites import RESPONSE_POSITIONS
 from store.study import (
     Add,
     CaptureEntry,
-    Difference,
     DifferenceOfMeans,
     MatchNorm,
-    Orthogonalised,
-    Random,
+    RandomMatched,
     Study,
 )
 from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
 from store.study_choices import without_idle_candidates
+from store.study_directions import references
 from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
@@ -171,6 +170,10 @@ class _Checker(Complaints):
                     self.kept(spec.keep, names, spec.responses, path)
                 for shared in [name for name in spec.negative if name in spec.positive]:
                     self.fail(f"{shared!r} is on both sides", (*path, "negative"), "name it on one side")
+            if isinstance(spec, RandomMatched):
+                self.responses(spec.responses, path)
+                self.prompts(spec.prompts, (*path, "prompts"))
+                self.kept(spec.keep, spec.prompts, spec.responses, path)
         for name in specs:
             self.acyclic(name, ())
         for name, spec in specs.items():
@@ -178,6 +181,11 @@ class _Checker(Complaints):
             if len(components) > 1:
                 problem = f"it mixes directions at {' and '.join(sorted(components))}"
                 self.fail(problem, ("directions", name, max(components.values())), "read them at one component")
+            spec = specs[name]
+            if isinstance(spec, RandomMatched):
+                here: KeyPath = ("directions", name, "prompts")
+                source = (component_of(self.study, name), spec.position, spec.responses, spec.keep)
+                self.captured(spec.prompts, *source, here)
 
     def acyclic(self, name: str, trail: tuple[str, ...]) -> None:
         """Follow what a direction is computed from: others, or texts generated under conditions that use others."""
@@ -186,8 +194,9 @@ class _Checker(Complaints):
             self.fail(f"directions depend on each other: {loop}", ("directions", name), "break the loop")
         spec = self.study.directions[name]
         needed = [other for _, other in references(spec)]
-        if isinstance(spec, DifferenceOfMeans):
-            turns = [part.trait for n in (*spec.positive, *spec.negative) if (part := parse_trait_set(n)) is not None]
+        if isinstance(spec, DifferenceOfMeans | RandomMatched):
+            sets = spec.prompts if isinstance(spec, RandomMatched) else [*spec.positive, *spec.negative]
+            turns = [part.trait for n in sets if (part := parse_trait_set(n)) is not None]
             conditions = {spec.responses, *(self.study.traits[trait].answers for trait in turns)} - {None}
             used = {used for one in self.single if one.name in conditions for used in directions_used(one.spec)}
             needed += sorted(used & set(self.study.directions))
@@ -241,17 +250,6 @@ class _Checker(Complaints):
             for name in replay.monitor.conditions or []:
                 known = [*replay.conditions, *self.conditions]
                 self.known("condition", name, known, ("replay", "monitor", "conditions"))
-
-
-def references(spec: object) -> list[tuple[str, str]]:
-    """Return (key, name) of the directions that a direction is computed from."""
-    if isinstance(spec, Difference):
-        return [("minuend", spec.minuend), ("subtrahend", spec.subtrahend)]
-    if isinstance(spec, Orthogonalised):
-        return [("direction", spec.direction), *(("orthogonal_to", name) for name in spec.orthogonal_to)]
-    if isinstance(spec, Random):
-        return [("match_norm", spec.match_norm)]
-    return []
 
 
 def component_of(study: Study, direction: str) -> str:

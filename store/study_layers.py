@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from store.conditions import source_layer
 from store.errors import StudyError
 from store.layers import LayersValue, LayerValue, resolve_layer, resolve_layers
-from store.study import Add, ConditionSpec, DifferenceOfMeans, MatchNorm, Study
+from store.study import Add, ConditionSpec, DifferenceOfMeans, MatchNorm, RandomMatched, Study
 from store.study_choices import possible
+from store.study_directions import references
 from store.study_expand import BadConditionError, is_layer
-from store.study_file import captures_of, references
+from store.study_file import captures_of, component_of
 from store.yaml_file import where
 
 
@@ -68,13 +69,14 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
         StudyError: if there is none.
     """
     spec = study.directions[name]
+    each: list[set[int]] = []
     if isinstance(spec, DifferenceOfMeans):
-        each = []
-        for prompts in [*spec.positive, *spec.negative]:
-            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses, spec.keep)
-            each.append({layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)})
+        each += [_captured(study, name, spec.component, spec, n_layers) for name in (*spec.positive, *spec.negative)]
     else:
-        each = [direction_layers(study, other, n_layers) for _, other in references(spec)]
+        each += [direction_layers(study, other, n_layers) for _, other in references(spec)]
+    if isinstance(spec, RandomMatched):
+        component = component_of(study, name)
+        each += [_captured(study, prompts, component, spec, n_layers) for prompts in spec.prompts]
     layers = set.intersection(*each)
     if not layers:
         raise StudyError(
@@ -84,6 +86,14 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
             remedy="capture its prompt sets at the same layers",
         )
     return layers
+
+
+def _captured(
+    study: Study, prompts: str, component: str, spec: DifferenceOfMeans | RandomMatched, n_layers: int
+) -> set[int]:
+    """Return the layers at which the study captures a component of a prompt set as a direction reads it."""
+    entries = captures_of(study, prompts, component, spec.position, spec.responses, spec.keep)
+    return {layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)}
 
 
 def _require(study: Study, names: list[str], layers: list[int], computed: dict[str, set[int]], key: str) -> None:

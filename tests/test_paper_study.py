@@ -44,6 +44,7 @@ TABLE: dict[str, list[Step]] = {
     "mp_random_ko_L22[seed=13]": [MP, ("out", "random_13", 22, None)],
     "mp_random_ko_L22[seed=29]": [MP, ("out", "random_29", 22, None)],
     "mp_random_ko_L22[seed=2024]": [MP, ("out", "random_2024", 22, None)],
+    **{f"mp_matched_ko_L22[seed={seed}]": [MP, ("out", f"matched_{seed}", 22, None)] for seed in (7, 13, 29, 2024)},
     "ko_window_L22": [MP, ("out", "persona", 22, None)],
     "ko_window_L22_L24": [MP, ("out", "persona", 22, None), ("out", "persona", 24, None)],
     "ko_window_L22_L24_L26": [
