@@ -14,19 +14,17 @@ from store.study_traits import TraitSource
 from store.yaml_file import fault, read_yaml, validation_error
 
 
-def _spoken(texts: list[str]) -> list[str]:
-    for index, text in enumerate(texts):
-        if not text.strip():
-            raise fault(f"number {index + 1} is empty", "write its text, or remove the line")
-        _characters(text, f"number {index + 1}")
-    return texts
+def _spoken(text: str) -> str:
+    if not text.strip():
+        raise fault("it is empty", "write its text, or remove the line")
+    return _characters(text)
 
 
-def _characters(text: str, what: str = "it") -> str:
+def _characters(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise fault(f"{what} holds half of a surrogate pair, which is no character", "write the character") from None
+        raise fault("it holds half of a surrogate pair, which is no character", "write the character") from None
     return text
 
 
@@ -41,7 +39,8 @@ def _or(default: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: default() if value is None else value)
 
 
-Texts = Annotated[list[str], Field(min_length=1), AfterValidator(_spoken)]
+Spoken = Annotated[str, AfterValidator(_spoken)]
+Texts = Annotated[list[Spoken], Field(min_length=1)]
 
 
 class Instructions(BaseModel):
@@ -59,7 +58,7 @@ class Phrases(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     positive: Texts
-    negative: Annotated[list[str], AfterValidator(_spoken)] = []
+    negative: list[Spoken] = []
 
 
 class Scoring(BaseModel):

@@ -20,10 +20,12 @@ from slow_reference import teacher_forced
 from tiny_models import tiny_model, tiny_tokenizer
 
 from jobs.cli import main
+from jobs.judging import check_judges
 from store.location import Location
 from store.results import ResultStore
 from store.sites import Site
 from store.sql import connect, query
+from store.study_file import load_study
 
 ROOT = Path(__file__).parent.parent
 TRAIT = {
@@ -478,11 +480,10 @@ def test_a_served_judge_whose_failures_are_asked_again_by_the_next_run(
 
     server.answer = answer
     for _ in range(6):
-        code, out, err = resid("run", "--study", project.file)
+        code, _, err = resid("run", "--study", project.file)
         if code == 0:
             break
         assert "gave no score for" in err
-        assert "are not judged yet" in out
         failed = [score for score in project.stored("scores") if score["error"] is not None]
         assert failed
         assert all(score["value"] is None and score["label"] is None for score in failed)
@@ -600,3 +601,12 @@ def test_smollm2_s_persona_directions_are_those_of_the_slow_reference(
     assert code == 0, err
     expected = reference(project, smollm2.model, smollm2.tokenizer, 50, 50)
     compare(project, expected, 30, 1e-3)
+
+
+def test_the_study_of_the_documentation_is_one_that_resid_takes(tmp_path: Path) -> None:
+    text = (ROOT / "prompts/README.md").read_text(encoding="utf-8").partition("## From a trait")[2]
+    study = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    study["traits"]["compliant"]["path"] = str(ROOT / "prompts/traits/compliant.yaml")
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "model": {"source": "org/model"}, **study}))
+    check_judges(load_study(path))

@@ -186,7 +186,7 @@ def test_the_readme_states_the_numbers_of_the_files() -> None:
 def test_the_readmes_snippets_name_columns_that_the_files_have() -> None:
     readme = (PROMPTS / "README.md").read_text(encoding="utf-8")
     snippets = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)]
-    sources = {name: source for snippet in snippets for name, source in snippet["prompts"].items()}
+    sources = {name: source for snippet in snippets for name, source in snippet.get("prompts", {}).items()}
     published = {
         **PUBLISHED_COLUMNS,
         "harmful": set(HARMFUL[0]),
