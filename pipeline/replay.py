@@ -18,7 +18,7 @@ from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
 from pipeline.runners import Entrant, Passed, Runner
 from pipeline.scheduler import Scheduler, Waiting
-from store.conditions import Condition, MonitorPlan
+from store.conditions import Condition, MonitorPlan, check_token_ranges
 from store.errors import ModelError, NonFiniteError
 from store.rows import Row
 from store.study import Decoding
@@ -40,10 +40,15 @@ class Job:
 
 @dataclass
 class Output:
-    """One generated text. `token_ids` leave out the end-of-turn token."""
+    """One generated text.
+
+    `token_ids` leave out the end-of-turn token; they include the token that completed a stop string, of which `text`
+    of the engine shows nothing. `finish_reason` is "stop" for both and "length" where the text was cut off.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
+    ended_by: str | None = None  # the stop string
     # [forward pass, site, direction]: pass 0 reads the last prompt token, pass i the i-th response token.
     monitored: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -87,7 +92,10 @@ class ReplayEngine:
         Raises:
             torch.OutOfMemoryError: if a single row does not fit.
             NonFiniteError: if a row's logits hold NaN or infinity, naming its condition.
+            ValueError: if a prompt lacks tokens that its condition names.
         """
+        for job in jobs:
+            check_token_ranges(job.condition, job.row)
         outputs = [Output() for _ in jobs]
         # Conditions of a prompt follow each other: they enter together and share their prefill.
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
@@ -143,8 +151,19 @@ class ReplayEngine:
                 output.finish_reason = "stop"
             else:
                 output.token_ids.append(token)
+                output.ended_by = self._stop_string(output.token_ids)
+                if output.ended_by is not None:
+                    output.finish_reason = "stop"
             ended.append(output.finish_reason == "stop" or len(output.token_ids) == self.decoding.max_new_tokens)
         return tokens, ended
+
+    def _stop_string(self, token_ids: Sequence[int]) -> str | None:
+        """Return the stop string that a text holds first."""
+        if not self.decoding.stop:
+            return None
+        text = self.decode(token_ids)
+        found = [(text.index(stop), stop) for stop in self.decoding.stop if stop in text]
+        return min(found)[1] if found else None
 
     def _refuse_non_finite(self, logits: Tensor, jobs: Sequence[Job]) -> None:
         broken = ~logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
@@ -161,6 +180,11 @@ class ReplayEngine:
         digest = hashlib.sha256(f"{job.seed}:{job.row.key}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         return generator.random(self.decoding.max_new_tokens)
+
+    def text(self, output: Output) -> str:
+        """Return a generated text, up to its stop string."""
+        text = self.decode(output.token_ids)
+        return text if output.ended_by is None else text[: text.index(output.ended_by)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text, special tokens left out."""

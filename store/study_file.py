@@ -15,16 +15,8 @@ from store.conditions import directions_used, expand_sweeps
 from store.errors import StudyError
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
-from store.study import (
-    Add,
-    CaptureEntry,
-    Difference,
-    DifferenceOfMeans,
-    MatchNorm,
-    Orthogonalised,
-    Random,
-    Study,
-)
+from store.study import CaptureEntry, Difference, DifferenceOfMeans, Orthogonalised, Random, Study
+from store.study_interventions import Add, Clamp, MatchNorm, directions_of
 from store.yaml_file import KeyPath, dotted, line_of, nearest, read_yaml, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
@@ -203,8 +195,9 @@ class _Checker:
                     if isinstance(intervention.norm, MatchNorm):
                         self.known("direction", intervention.norm.match, specs, (*here, "norm", "match"))
                 else:
-                    for direction in intervention.project_out:
-                        self.known("direction", direction, specs, (*here, "project_out"))
+                    key = "clamp" if isinstance(intervention, Clamp) else "project_out"
+                    for direction in directions_of(intervention):
+                        self.known("direction", direction, specs, (*here, key))
             if sweeps > 1:
                 self.fail(
                     "two interventions sweep their coefficient",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from store.errors import StudyError
 from store.layers import LayersValue, resolve_layer, resolve_layers
-from store.study import Add, DifferenceOfMeans, MatchNorm, Study
+from store.study import DifferenceOfMeans, Study
 from store.study_file import captures_of, references
+from store.study_interventions import Add, MatchNorm, directions_of
 from store.yaml_file import where
 
 
@@ -29,7 +30,7 @@ def check_layers(study: Study, n_layers: int) -> None:
             if item.from_layer is not None:
                 key = key.removesuffix("layers") + "from_layer"
                 read = [_resolve_one(study, item.from_layer, n_layers, key)]
-            used = [item.add] if isinstance(item, Add) else list(item.project_out)
+            used = directions_of(item)
             if isinstance(item, Add) and isinstance(item.norm, MatchNorm):
                 used.append(item.norm.match)
             _require(study, used, read, computed, key)

@@ -1,14 +1,17 @@
-"""What the records of a study file are made of: names, lists of names, positions."""
+"""What the records of a study file are made of: their base, names, lists of names, positions."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
+
+# Records refuse keys they do not know, values of another kind ("3" or true for 3), and NaN.
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 Scalar = str | int | float | bool | None
 
