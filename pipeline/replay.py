@@ -71,8 +71,11 @@ class ReplayEngine:
         *,
         lean: bool | None = None,
         share_prefill: bool = True,
+        pack: bool | None = None,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
+
+        ``pack`` is that of `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
 
         Raises:
             ModelError: if the lean path is asked for and does not serve the model, with the reason.
@@ -82,7 +85,7 @@ class ReplayEngine:
         self.stop_ids = stop_token_ids(model)
         if lean and (reason := why_not(model)) is not None:
             raise ModelError(f"the lean path does not serve this model: {reason}; leave out lean=True")
-        self._lean = None if lean is False else lean_llama(model)
+        self._lean = None if lean is False else lean_llama(model, pack=pack)
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Generate for every job; results are in the order of the jobs.

@@ -280,8 +280,8 @@ class Replay(Strict):
     decoding: Decoding = Decoding()
     seeds: list[int] = Field(default=[0], min_length=1)
     monitor: Monitor | None = None
-    batch_rows: int = Field(default=32, ge=1, description="rows (prompt x condition) decoded together")
-    block_rows: int = Field(default=64, ge=1, description="rows committed together")
+    batch_rows: int = Field(default=128, ge=1, description="rows (prompt x condition) decoded together")
+    block_rows: int = Field(default=256, ge=1, description="rows committed together")
 
     @field_validator("seeds")
     @classmethod

@@ -54,22 +54,18 @@ def resolved(*items: dict[str, Any], directions: dict[str, Direction] = DIRECTIO
 
 
 def test_a_clamp_holds_the_unit_vector_and_the_projection_and_has_a_key_of_its_own() -> None:
-    item = {"clamp": "bb", "projection": -2.5, "layers": [2], "tokens": {"from": -3}}
+    item: dict[str, Any] = {"clamp": "bb", "projection": -2.5, "layers": [2], "tokens": {"from": -3}}
     (operation,) = resolved(item).operations
     assert (operation.kind, operation.value, str(operation.site)) == ("clamp", -2.5, "resid_post.2")
     np.testing.assert_allclose(operation.vectors[0], DIRECTIONS["bb"].unit(2), rtol=1e-6)
     assert operation.tokens.span(8) == (5, 8)
-    keys = {
-        resolved(other).key
-        for other in (
-            item,
-            {**item, "projection": 2.5},
-            {**item, "tokens": "prompt"},
-            {**item, "tokens": {"from": -3, "to": -1}},
-            {"project_out": "bb", "layers": [2]},
-        )
-    }
-    assert len(keys) == 5
+    others: list[dict[str, Any]] = [
+        {**item, "projection": 2.5},
+        {**item, "tokens": "prompt"},
+        {**item, "tokens": {"from": -3, "to": -1}},
+        {"project_out": "bb", "layers": [2]},
+    ]
+    assert len({resolved(one).key for one in (item, *others)}) == 5
 
 
 @pytest.mark.parametrize(("first", "end", "expected"), [(0, 4, (0, 4)), (-3, None, (6, 9)), (1, -1, (1, 8))])
