@@ -140,6 +140,7 @@ def write_resid_zarr(case: Case) -> None:
         data = encode_shard(values, case.plan)
         Location.of(case.path("general") / str(block)).create(data)
         describe(data, case.plan.shard_shape)
+        del data  # as when `put_shard` returns: the next shard reuses its memory
     shutil.rmtree(case.path("general"))
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# What a forward pass costs beyond its tokens, in tokens: on a core the weights that it reads and some Python, on a GPU
+# the launch of its kernels.
+PASS_TOKENS, DEVICE_PASS_TOKENS = 32, 256
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,35 @@ def pad(sequences: Sequence[Sequence[int]], *, side: str, pad_id: int, device: t
     return Batch(input_ids.to(device), mask.to(device), positions.to(device), starts, lengths)
 
 
-def by_token_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group row indices, sorted by length, into batches of at most `budget` padded tokens; a longer row goes alone."""
+def by_token_budget(lengths: Sequence[int], budget: int, pass_tokens: int = PASS_TOKENS) -> list[list[int]]:
+    """Group row indices, sorted by length, into batches of at most `budget` padded tokens; a longer row goes alone.
+
+    Of all ways to cut the sorted rows, the one with the least padding, where a pass counts as `pass_tokens` of it.
+    """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    ascending = np.array([lengths[index] for index in order], dtype=np.int64)
+    least = np.zeros(len(order) + 1, dtype=np.int64)  # by number of first rows: tokens and passes of the best cut
+    cut = np.zeros(len(order) + 1, dtype=np.int64)  # where the last batch of that cut begins
+    for end in range(1, len(order) + 1):
+        longest = int(ascending[end - 1])
+        first = end - max(1, min(end, budget // longest))
+        costs = least[first:end] + longest * np.arange(end - first, 0, -1)
+        best = int(costs.argmin())
+        least[end], cut[end] = costs[best] + pass_tokens, first + best
     batches: list[list[int]] = []
-    for index in order:
-        # Sorted ascending: this row is the longest of its batch so far.
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    end = len(order)
+    while end:
+        batches.append(order[cut[end] : end])
+        end = int(cut[end])
+    return batches[::-1]
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocation that failed: of a device as torch.OutOfMemoryError, of the CPU as a
+    RuntimeError of its allocator, which torch gives no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error) and "memory" in str(error)
+    )
 
 
 def release_memory(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster_ledger import BlockFailure, Ledger, RunReport, run_inline
-from pipeline.cluster_worker import Block, Host, Outcome, Worker, call, worker_environment
+from pipeline.cluster_worker import Block, Host, Outcome, Worker, call, overlaps, worker_environment
 from store.errors import ResourceError
 from store.ray_settings import RaySettings
 
@@ -96,7 +96,7 @@ class Cluster:
         self._connect()
         import ray
 
-        from pipeline.cluster_scheduler import Scheduler
+        from pipeline.cluster_scheduler import IN_FLIGHT, Scheduler
 
         nodes = ray.nodes()
         demand = worker_demand(settings, nodes)
@@ -107,6 +107,7 @@ class Cluster:
             num_gpus=demand.get("GPU", 0),
             max_restarts=0,
             max_task_retries=0,
+            max_concurrency=IN_FLIGHT if overlaps(factory) else 1,
             **self._runtime_env(),
         )
         with _ray_errors():

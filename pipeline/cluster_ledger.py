@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster_worker import DETERMINISTIC, Block, Outcome, Worker, attempt
+from pipeline.cluster_worker import DETERMINISTIC, Block, Outcome, Worker, attempt, overlaps
 from store.errors import ResidError
 
 
@@ -77,11 +78,30 @@ class Ledger:
 def run_inline(
     ledger: Ledger, factory: Callable[..., Worker], kwargs: Mapping[str, Any], max_attempts: int
 ) -> RunReport:
-    """Run all blocks in this process. A hang has no deadline here, and a crash takes the caller with it."""
-    worker = _build_inline(factory, kwargs, max_attempts)
-    while ledger.queue:
-        task = ledger.queue.popleft()
-        ledger.settle(task, attempt(worker.run, task.block))
+    """Run all blocks in this process. A hang has no deadline here, and a crash takes the caller with it.
+
+    A worker that overlaps writes on a thread of its own while the next block is computed, and is at most one ahead.
+    """
+    worker: Any = _build_inline(factory, kwargs, max_attempts)
+    if not overlaps(type(worker)):
+        while ledger.queue:
+            task = ledger.queue.popleft()
+            ledger.settle(task, attempt(worker.run, task.block))
+        return ledger.report(0)
+    writing: tuple[Task, Future[Outcome]] | None = None  # the block before, on its way to the store
+    with ThreadPoolExecutor(1, "write") as writer:
+        while ledger.queue or writing is not None:
+            computed = None
+            if ledger.queue:
+                task = ledger.queue.popleft()
+                computed = attempt(worker.compute, task.block)
+            if writing is not None:
+                (before, future), writing = writing, None
+                ledger.settle(before, future.result())
+            if computed is not None and computed.error is None:
+                writing = task, writer.submit(attempt, computed.value)
+            elif computed is not None:
+                ledger.settle(task, computed)
     return ledger.report(0)
 
 

@@ -21,7 +21,7 @@ from pipeline.cluster_ledger import Ledger, RunReport, Task
 from pipeline.cluster_worker import Outcome, breaks_process
 from store.errors import ResidError, ResourceError
 
-IN_FLIGHT = 2  # blocks per worker: one runs, the next is there when it ends
+IN_FLIGHT = 2  # blocks per worker: one runs, the next is there when it ends; or one is written, one computed
 POLL = 1.0  # seconds between looks at the deadlines
 PATIENCE = 60.0  # seconds without room in the cluster before the log says so
 DEAD_WORKER = 10.0  # seconds for Ray to resolve the calls of a worker that is gone

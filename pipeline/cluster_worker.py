@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,19 @@ class Worker(Protocol):
     def run(self, block: Any) -> Any:
         """Do the block, commit its output, and return small metadata (data never goes through the driver)."""
         ...
+
+
+class OverlappingWorker(Worker, Protocol):
+    """A worker that can write one block while it computes the next: `run` is ``compute(block)()``."""
+
+    def compute(self, block: Any) -> Callable[[], Any]:
+        """Do the block; return what commits its output and returns what `run` does, to be called once on any thread."""
+        ...
+
+
+def overlaps(factory: Callable[..., Worker]) -> bool:
+    """Whether a factory makes workers that write one block while they compute the next."""
+    return hasattr(factory, "compute")
 
 
 def worker_environment(cpus: int) -> dict[str, str]:
@@ -93,25 +107,41 @@ def breaks_process(error: Exception) -> bool:
 
 
 class Host:
-    """The actor: builds one worker and hands it blocks."""
+    """The actor: builds one worker and hands it blocks.
+
+    A worker that overlaps is called from two threads: a block's answer goes out when it is committed, and the next
+    block is computed meanwhile. It never gets further ahead: of the two blocks in flight one is written, one computed.
+    """
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._prepared = threading.Event()
+        self._computing, self._writing = threading.Lock(), threading.Lock()
 
     def prepare(self, environment: Mapping[str, str]) -> int:
         """Set environment variables; return the process id. They come by call and not by Ray's runtime environment,
         which writes its values (keys to object storage among them) to log files, and costs a second per worker."""
         os.environ.update(environment)
+        self._prepared.set()
         return os.getpid()
 
     def build(self, packed: bytes) -> Outcome:
         """Build the worker from a pickled ``(factory, kwargs)``: importing the factory's module is part of it."""
+        self._prepared.wait()
         return attempt(self._build, packed)
 
     def run(self, block: Any) -> Outcome:
-        if self._worker is None:
+        worker: Any = self._worker
+        if worker is None:
             raise RuntimeError("run before build")
-        return attempt(self._worker.run, block)
+        if not overlaps(type(worker)):
+            return attempt(worker.run, block)
+        with self._computing:
+            computed = attempt(worker.compute, block)
+        if computed.error is not None:
+            return computed
+        with self._writing:
+            return attempt(computed.value)
 
     def _build(self, packed: bytes) -> None:
         factory, kwargs = pickle.loads(packed)

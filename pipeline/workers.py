@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.capture import CaptureEngine
+from pipeline.gguf_files import cache_folder
 from pipeline.models import LoadedModel, load
 from pipeline.replay import Job, Output, ReplayEngine
 from store.activations import ActivationStore, BlockRef
@@ -54,7 +56,7 @@ class CaptureWorker:
     ):
         self.store = ActivationStore.open(Location.of(store)).model(fingerprint)
         self.model = _load(ref, fingerprint)
-        self.engine = CaptureEngine(self.model, token_budget)
+        self.engine = CaptureEngine(self.model, token_budget, remember=cache_folder())
         self.provenance = dict(provenance)
         self._generations: dict[str, Generation] = {}  # their row tables are read once
         write_receipt(self.store.location, self.model)
@@ -65,20 +67,35 @@ class CaptureWorker:
         Raises:
             NonFiniteError: if a row's activations are not finite; nothing is committed.
         """
+        return self.compute(block)()
+
+    def compute(self, block: BlockRef) -> Callable[[], dict[str, Any]]:
+        """Capture one block; return what commits it, on whatever thread, and raises what `run` does.
+
+        The block stays claimed until that was called.
+        """
         started = time.monotonic()
         generation = self._generations.setdefault(block.generation, Generation(self.store.location / block.generation))
         start, stop = generation.plan.block_range(block.block)
-        written = False
-        with generation.claim(block.block) as wanted:
-            if wanted:  # another capture may have made it in the meantime
-                values = self.engine.run(generation.rows[start:stop], generation.plan)
-                provenance = {
-                    **self.provenance,
-                    "device": str(self.model.device),
-                    "threads": torch.get_num_threads(),
-                }
-                written = generation.write_block(block.block, values, provenance)
-        return {"rows": stop - start, "written": written, "seconds": time.monotonic() - started}
+        with contextlib.ExitStack() as stack:
+            wanted = stack.enter_context(generation.claim(block.block))
+            # Another capture may have made it in the meantime.
+            values = self.engine.run(generation.rows[start:stop], generation.plan) if wanted else None
+            claimed = stack.pop_all()
+
+        def commit() -> dict[str, Any]:
+            written = False
+            with claimed:
+                if values is not None:
+                    provenance = {
+                        **self.provenance,
+                        "device": str(self.model.device),
+                        "threads": torch.get_num_threads(),
+                    }
+                    written = generation.write_block(block.block, values, provenance)
+            return {"rows": stop - start, "written": written, "seconds": time.monotonic() - started}
+
+        return commit
 
 
 def write_receipt(folder: Location, model: LoadedModel) -> None:

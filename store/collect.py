@@ -2,7 +2,8 @@
 
 Who is alive shows in locks: a writer holds one on the file that it writes, on the block that it makes, and on a
 model's planning while it begins a capture. Listing looks at these locks; removing takes them, and looks at the commits
-once more while it holds them. Object storage has no such locks: there, age decides.
+once more while it holds them. Object storage has no such locks: there, age decides, and what is committed while it is
+removed is put back.
 """
 
 from __future__ import annotations
@@ -191,10 +192,7 @@ def _remove(item: Garbage) -> bool:
         case "shard":
             assert generation is not None
             with _held(generation, item.block) as held:
-                if not held or item.block in generation.committed():
-                    return False
-                place.remove()
-                return True
+                return held and _remove_shard(place, generation, item.block)
         case "unbegun":
             assert generation is not None
             # What `ModelStore.assign` holds while it creates captures.
@@ -206,6 +204,23 @@ def _remove(item: Garbage) -> bool:
                 if place.is_local:
                     _remove_empty(place.path.parent, model.path)
                 return True
+
+
+def _remove_shard(place: Location, generation: Generation, block: int) -> bool:
+    """Remove a shard without a commit. If it was committed in the same moment, by somebody who holds no lock that can
+    be seen, it is put back: the writer may have looked at its shards (`Generation.write_block`) before it was gone.
+    """
+    if block in generation.committed():
+        return False
+    try:
+        data = place.read_bytes()
+    except FileNotFoundError:
+        return False
+    place.remove()
+    if block not in generation.committed():
+        return True
+    place.create(data)
+    return False
 
 
 @contextlib.contextmanager

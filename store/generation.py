@@ -285,10 +285,29 @@ class Generation:
         with self.claim(block) as wanted:
             if not wanted:
                 return False
-            # The claim is not what makes this right: shards and commit are each created only where none is.
-            shards = {name: put_shard(self.shard(name, block), array, plan) for name, array in stored.items()}
-            commit = Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {}))
-            return self._commit(block).create(commit.to_json())
+            return self._put(block, stored, dict(provenance or {}))
+
+    def _put(self, block: int, stored: Mapping[str, npt.NDArray[Any]], provenance: dict[str, Any]) -> bool:
+        """Put a block's shards, then its commit; return False if another writer's commit was first.
+
+        The claim is not what makes this right: shards and commit are each created only where none is. And what a
+        garbage collection took for left over, which it may where a claim cannot be seen, is put once more: whoever
+        removes a shard looks at the commits afterwards (`store.collect`), whoever commits looks at the shards.
+        """
+        plan = self.plan
+        start, stop = plan.block_range(block)
+        shards = {name: put_shard(self.shard(name, block), array, plan) for name, array in stored.items()}
+        while True:
+            commit = Commit(self.id, plan.model, block, start, stop, shards, provenance)
+            if not self._commit(block).create(commit.to_json()):
+                return False
+            lost = [name for name in shards if not self.shard(name, block).exists()]
+            again = {name: put_shard(self.shard(name, block), stored[name], plan) for name in lost}
+            if all(shards[name] == shard for name, shard in again.items()):
+                return True
+            # The one that was lost was a rival's, whose sums differ from ours in the last bits.
+            self._commit(block).remove()
+            shards |= again
 
     def _described(self, block: int, entry: int) -> str:
         """Name the row of an entry (row or token) of a block."""

@@ -310,7 +310,7 @@ class Study(Strict):
     replay: Replay | None = None
     judges: dict[str, dict[str, Scalar]] = {"refusal_phrases": {}, "degenerate": {}}
     token_budget: int | None = Field(
-        default=None, ge=1, description="tokens (padding included) in one capture batch; default: by device"
+        default=None, ge=1, description="tokens (padding included) in one capture batch; default: measured"
     )
     block_rows: int | None = Field(default=None, ge=1, description="rows in one capture block; default: by size")
     compression: Literal["none", "zstd"] = Field(default="none", description="of new captures; zstd on object storage")

@@ -34,22 +34,26 @@ def put_shard(target: Location, values: npt.NDArray[Any], plan: GenerationPlan) 
         ResourceError: if the place cannot be written.
     """
     shape = plan.shard_shape
-    if target.is_local and plan.compression == "none":
-        with target.writing(first_wins=True) as stream:
-            ours = write_shard(stream, values, shape)
-        if stream.won:
-            return ours
-    else:
+    while True:
+        if target.is_local and plan.compression == "none":
+            with target.writing(first_wins=True) as stream:
+                ours = write_shard(stream, values, shape)
+            if stream.won:
+                return ours
+        else:
+            data = _encoded(values, plan)
+            if _create(target, data):
+                return describe(data, shape)
+        try:
+            adopted = _adopted(target.read_bytes(), values, plan)
+        except FileNotFoundError:
+            continue  # a garbage collection has removed it in the moment between
+        if adopted is not None:
+            return adopted
+        # Torn or foreign, and no commit speaks for it.
         data = _encoded(values, plan)
-        if _create(target, data):
-            return describe(data, shape)
-    adopted = _adopted(target.read_bytes(), values, plan)
-    if adopted is not None:
-        return adopted
-    # Torn or foreign, and no commit speaks for it.
-    data = _encoded(values, plan)
-    target.write(bytes(data))
-    return describe(data, shape)
+        target.write(bytes(data))
+        return describe(data, shape)
 
 
 def _create(target: Location, data: bytes | memoryview) -> bool:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from capture_reference import (
+    POSITIONS,
+    at_position,
+    deviations,
+    paths,
+    plan_of,
+    plan_of_all_tokens,
+    real_rows,
+    unbatched,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from slow_reference import blocks, random_rows, tiny
@@ -19,106 +27,22 @@ from tiny_models import LAYERS, tiny_model
 from torch import Tensor
 
 from pipeline.architecture import find_architecture
-from pipeline.batching import by_token_budget, pad
+from pipeline.batching import by_token_budget, pad, ran_out_of_memory
 from pipeline.capture import BATCH_BOUND, CaptureEngine
-from pipeline.chat import prompt_row
+from pipeline.lean_llama import LeanLlama
 from pipeline.models import LoadedModel
-from store.generation import GenerationPlan
-from store.layout import ragged_blocks
-from store.prompts import Message, Prompt
 from store.rows import Row
-from store.sites import ALL_TOKENS, COMPONENTS, Site
+from store.sites import COMPONENTS, Site
 
-POSITIONS = ("prompt_end", "response_start", "response_avg", "token:3", "token:-1")
 LENGTHS = ((5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4))  # prompt, response
-PROMPTS = Path(__file__).parent.parent / "prompts"
-
-
-def plan_of(model: LoadedModel, **changes: Any) -> GenerationPlan:
-    dtype = str(model.dtype).removeprefix("torch.")
-    defaults: dict[str, Any] = {
-        "model": model.fingerprint,
-        "d_model": model.architecture.d_model,
-        "components": COMPONENTS,
-        "layers": tuple(range(model.architecture.n_layers)),
-        "positions": POSITIONS,
-        "dtype": dtype,
-        "n_rows": 1,
-        "block_rows": 1,
-    }
-    return GenerationPlan(**{**defaults, **changes})
-
-
-def plan_of_all_tokens(model: LoadedModel, rows: Sequence[Row], **changes: Any) -> GenerationPlan:
-    lengths = [row.spans.response_end for row in rows]
-    dtype = str(model.dtype).removeprefix("torch.")
-    blocks = ragged_blocks(lengths, None, model.architecture.d_model, dtype)
-    return plan_of(model, positions=(ALL_TOKENS,), n_rows=len(rows), **blocks, **changes)
-
-
-@torch.inference_mode()
-def unbatched(model: LoadedModel, row: Row) -> dict[Site, Tensor]:
-    """Every site [token, d_model] of one row alone: transformers' own hidden_states, and hooks for what they lack."""
-    architecture, found = model.architecture, {}
-    last = architecture.n_layers - 1
-    raw: dict[Any, Tensor] = {}
-
-    def keep(key: Any) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            raw[key] = (output[0] if isinstance(output, tuple) else output)[0].clone()
-
-        return hook
-
-    handles = [blocks(model.model)[last].register_forward_hook(keep("last"))]
-    for layer in range(architecture.n_layers):
-        handles.append(architecture.attention[layer].register_forward_hook(keep(Site("attn_out", layer))))
-        handles.append(architecture.mlp[layer].register_forward_hook(keep(Site("mlp_out", layer))))
-    ids = torch.tensor([row.token_ids[: row.spans.response_end]])
-    states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    for handle in handles:
-        handle.remove()
-    for layer in range(architecture.n_layers):
-        found[Site("resid_pre", layer)] = states[layer][0]
-        found[Site("resid_post", layer)] = raw["last"] if layer == last else states[layer + 1][0]
-        for component in ("attn_out", "mlp_out"):
-            found[Site(component, layer)] = raw[Site(component, layer)] * architecture.residual_scale
-    return found
-
-
-def at_position(values: Tensor, row: Row, position: str) -> Tensor:
-    """Read a position of [token, d_model] by its definition in words."""
-    prompt = row.spans.prompt_length
-    match position:
-        case "prompt_end":
-            return values[prompt - 1]
-        case "response_start":
-            return values[prompt]
-        case "response_avg":
-            return values[prompt:].double().mean(0)
-        case _:
-            return values[int(position.removeprefix("token:"))]
-
-
-def deviations(values: dict[str, Any], rows: Sequence[Row], plan: GenerationPlan, model: LoadedModel) -> list[float]:
-    """Largest difference of each captured vector from the unbatched one, relative to its largest absolute value."""
-    found = []
-    for index, row in enumerate(rows):
-        alone = unbatched(model, row)
-        for component in plan.components:
-            for at, layer in enumerate(plan.layers):
-                for p, position in enumerate(plan.positions):
-                    expected = at_position(alone[Site(component, layer)], row, position).double()
-                    got = torch.from_numpy(values[component][index, at, p].astype(np.float64))
-                    found.append(float((got - expected).abs().max() / expected.abs().max()))
-    return found
 
 
 def test_a_captured_row_equals_an_unbatched_forward_pass_in_any_batch(family: str) -> None:
     model, rows = tiny(family), random_rows(LENGTHS)
     plan = plan_of(model)
-    for budget, order in ((1, 1), (30, 1), (10_000, 1), (10_000, -1)):
+    for packed, (budget, order) in itertools.product(paths(family), ((1, 1), (30, 1), (10_000, 1), (10_000, -1))):
         chosen = rows[::order]
-        values = CaptureEngine(model, budget).run(chosen, plan)
+        values = CaptureEngine(model, budget, packed=packed).run(chosen, plan)
         assert max(deviations(values, chosen, plan, model)) < BATCH_BOUND
 
 
@@ -136,14 +60,14 @@ def test_neighbouring_sites_agree_and_the_last_one_is_before_the_final_norm(fami
     assert not np.allclose(values["resid_post"][0, -1, 1], normed, rtol=0.01)
 
 
-def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[int]) -> float:
+def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[int], packed: bool) -> float:
     """Compare every token at every site with unbatched passes; return the largest relative deviation of a vector."""
     plan = plan_of_all_tokens(model, rows)
     alone = [unbatched(model, row) for row in rows]
     worst = 0.0
     for budget in budgets:
-        values = CaptureEngine(model, budget).run(rows, plan)
-        averages = CaptureEngine(model, budget).run(rows, plan_of(model, positions=("response_avg",)))
+        values = CaptureEngine(model, budget, packed=packed).run(rows, plan)
+        averages = CaptureEngine(model, budget, packed=packed).run(rows, plan_of(model, positions=("response_avg",)))
         for component in plan.components:
             found = values[component]
             assert found.shape == (sum(row.spans.response_end for row in rows), len(plan.layers), plan.d_model)
@@ -167,21 +91,28 @@ def check_all_tokens(model: LoadedModel, rows: Sequence[Row], budgets: Sequence[
 
 
 def test_all_tokens_are_those_of_an_unbatched_forward_pass(family: str) -> None:
-    assert check_all_tokens(tiny(family), random_rows(LENGTHS), (1, 30, 10_000)) < BATCH_BOUND
+    for packed in paths(family):
+        assert check_all_tokens(tiny(family), random_rows(LENGTHS), (1, 30, 10_000), packed) < BATCH_BOUND
 
 
 def test_all_tokens_of_a_real_model_are_those_of_an_unbatched_forward_pass(smollm2: LoadedModel) -> None:
-    worst = check_all_tokens(smollm2, real_rows(smollm2, 6), (1, 4096))
-    print(f"largest relative deviation of a token: {worst:.1e}")
-    assert worst < BATCH_BOUND
+    for packed in (False, True):
+        worst = check_all_tokens(smollm2, real_rows(smollm2, 6), (1, 4096), packed)
+        print(f"largest relative deviation of a token{' (packed)' * packed}: {worst:.1e}")
+        assert worst < BATCH_BOUND
 
 
 def test_a_position_has_the_bits_of_its_token_among_all_tokens(family: str) -> None:
     # The same batches: what is gathered differs, what is computed does not.
     model, rows = tiny(family), random_rows(LENGTHS)
     positions = ("prompt_end", "response_start", "token:3", "token:-1")
-    named = CaptureEngine(model, 40).run(rows, plan_of(model, positions=positions))
-    tokens = CaptureEngine(model, 40).run(rows, plan_of_all_tokens(model, rows))
+    for packed in paths(family):
+        named = CaptureEngine(model, 40, packed=packed).run(rows, plan_of(model, positions=positions))
+        tokens = CaptureEngine(model, 40, packed=packed).run(rows, plan_of_all_tokens(model, rows))
+        check_bits(named, tokens, rows, positions)
+
+
+def check_bits(named: dict[str, Any], tokens: dict[str, Any], rows: Sequence[Row], positions: Sequence[str]) -> None:
     first = np.cumsum([0, *(row.spans.response_end for row in rows)])
     for component in COMPONENTS:
         for index, row in enumerate(rows):
@@ -204,24 +135,11 @@ def test_out_of_memory_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of_all_tokens(model, rows)
     whole = CaptureEngine(model, 1).run(rows, plan)
     tried = limit_tokens(monkeypatch, model, 40)
-    values = CaptureEngine(model, 10_000).run(rows, plan)
+    values = CaptureEngine(model, 10_000, packed=False).run(rows, plan)
     assert any(a * b > 40 for a, b in tried)
     for component in COMPONENTS:
         scale = np.abs(whole[component]).max(axis=-1, keepdims=True)
         assert (np.abs(values[component] - whole[component]) <= BATCH_BOUND * scale).all()
-
-
-def real_rows(model: LoadedModel, n: int) -> list[Row]:
-    """Rows of real prompts, with answers of unequal length."""
-    answers = ("Yes.", "Here is what I would write, if I were you and had to say it in a few words:", "No, not today.")
-    rows = []
-    for name in ("harmful", "harmless"):
-        for index, line in enumerate((PROMPTS / f"{name}.jsonl").read_text().splitlines()[: n // 2]):
-            system = (Message("system", "Answer in one sentence."),) if index % 3 else ()
-            messages = (*system, Message("user", json.loads(line)["prompt"]))
-            prompt = Prompt(messages, answers[index % 3] * (1 + index % 2))
-            rows.append(prompt_row(prompt, model.tokenizer, model.ref, model.fingerprint, with_response=True))
-    return rows
 
 
 def test_the_batch_bound_holds_on_a_real_model_with_a_margin(smollm2: LoadedModel) -> None:
@@ -229,8 +147,8 @@ def test_the_batch_bound_holds_on_a_real_model_with_a_margin(smollm2: LoadedMode
     plan = plan_of(smollm2)
     alone = [unbatched(smollm2, row) for row in rows]
     worst = {}
-    for budget in (1, 150, 4096):
-        values = CaptureEngine(smollm2, budget).run(rows, plan)
+    for budget, packed in itertools.product((1, 150, 4096), (False, True)):
+        values = CaptureEngine(smollm2, budget, packed=packed).run(rows, plan)
         found = [
             float((torch.from_numpy(values[c][i, layer, p]).double() - expected).abs().max() / expected.abs().max())
             for i, row in enumerate(rows)
@@ -239,8 +157,8 @@ def test_the_batch_bound_holds_on_a_real_model_with_a_margin(smollm2: LoadedMode
             for p, position in enumerate(POSITIONS)
             for expected in [at_position(alone[i][Site(c, layer)], row, position).double()]
         ]
-        worst[budget] = max(found)
-    print(f"largest relative deviation by token budget: {worst}")
+        worst[budget, packed] = max(found)
+    print(f"largest relative deviation by token budget, packed or not: {worst}")
     assert max(worst.values()) < BATCH_BOUND / 2
 
 
@@ -302,6 +220,7 @@ def test_fewer_layers_give_the_same_bits_and_later_blocks_do_not_run(family: str
         module.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, module in watched.items()
     ]
     try:
+        # Models with hooks on them are run through their own modules: the packed path would not call them.
         everything = CaptureEngine(model).run(rows, plan_of(model))
         assert calls == ["block 0", "block 1", "block 2"]
         calls.clear()
@@ -316,7 +235,13 @@ def test_fewer_layers_give_the_same_bits_and_later_blocks_do_not_run(family: str
         np.testing.assert_array_equal(some[component], everything[component][:, :2])
 
 
-def limit_tokens(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int) -> list[tuple[int, ...]]:
+def exhausted_device() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def limit_tokens(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int, fail: Callable[[], Any] = exhausted_device
+) -> list[tuple[int, ...]]:
     """Let forward passes of more than `limit` padded tokens run out of memory; return the list of shapes tried."""
     tried: list[tuple[int, ...]] = []
     base: Any = model.architecture.base
@@ -326,7 +251,7 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int
         shape = tuple(kwargs["input_ids"].shape)
         tried.append(shape)
         if shape[0] * shape[1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            fail()
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(base, "forward", limited)
@@ -336,13 +261,13 @@ def limit_tokens(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, limit: int
 def test_out_of_memory_halves_the_token_budget_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny("qwen2"), random_rows([(5, 3), (9, 1), (4, 7), (12, 2), (3, 5), (7, 4)] * 3, seed=2)
     plan = plan_of(model)
-    engine = CaptureEngine(model, 10_000)
+    engine = CaptureEngine(model, 10_000, packed=False)
     tried = limit_tokens(monkeypatch, model, 60)
     values = engine.run(rows, plan)
     failed = [a * b for a, b in tried if a * b > 60]
-    assert failed[0] == 18 * 14
+    assert failed[0] > 2 * 60
     assert all(after <= before / 2 for before, after in itertools.pairwise(failed))
-    assert engine.token_budget == failed[-1] // 2
+    assert engine.budget.tokens == failed[-1] // 2
     assert sum(shape[0] for shape in tried if shape[0] * shape[1] <= 60) == len(rows)
     assert max(deviations(values, rows, plan, model)) < BATCH_BOUND
     tried.clear()
@@ -354,7 +279,7 @@ def test_a_single_row_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) 
     model, rows = tiny("qwen2"), random_rows([(5, 3), (30, 1), (4, 7)])
     limit_tokens(monkeypatch, model, 20)
     with pytest.raises(torch.OutOfMemoryError):
-        CaptureEngine(model).run(rows, plan_of(model))
+        CaptureEngine(model, packed=False).run(rows, plan_of(model))
 
 
 def test_a_row_that_is_not_finite_does_not_touch_its_batch_mates() -> None:
@@ -365,10 +290,12 @@ def test_a_row_that_is_not_finite_does_not_touch_its_batch_mates() -> None:
     broken = dataclasses.replace(reference, model=model, architecture=find_architecture(model))
     model.get_input_embeddings().weight.data[bad] = float("nan")
     plan = plan_of(reference)
-    values, expected = (CaptureEngine(m).run(rows, plan)["resid_post"] for m in (broken, reference))
-    assert np.isnan(values[2]).any()
-    others = [0, 1, 3, 4, 5]
-    np.testing.assert_allclose(values[others], expected[others], rtol=1e-3, atol=1e-4)
+    for packed in (False, True):
+        runs = (CaptureEngine(m, packed=packed).run(rows, plan) for m in (broken, reference))
+        values, expected = (found["resid_post"] for found in runs)
+        assert np.isnan(values[2]).any()
+        others = [0, 1, 3, 4, 5]
+        np.testing.assert_allclose(values[others], expected[others], rtol=1e-3, atol=1e-4)
 
 
 def test_tokens_after_the_response_are_not_part_of_the_row() -> None:
@@ -377,6 +304,53 @@ def test_tokens_after_the_response_are_not_part_of_the_row() -> None:
     plan = plan_of(model)
     a, b = (CaptureEngine(model).run([r], plan)["resid_post"] for r in (row, longer))
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_failed_allocation_of_the_cpu_is_out_of_memory_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Used to happen: torch gives the CPU's allocator no error class of its own, so a capture ended instead of halving.
+    def exhausted() -> Any:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(RuntimeError) as found:
+        exhausted()
+    assert ran_out_of_memory(found.value)
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    for other in (RuntimeError("shared memory file was truncated"), ValueError("DefaultCPUAllocator: memory")):
+        assert not ran_out_of_memory(other)
+    model, rows = tiny("qwen2"), random_rows(LENGTHS * 2, seed=2)
+    tried = limit_tokens(monkeypatch, model, 40, exhausted)
+    values = CaptureEngine(model, 10_000, packed=False).run(rows, plan_of(model))
+    assert any(a * b > 40 for a, b in tried)
+    assert max(deviations(values, rows, plan_of(model), model)) < BATCH_BOUND
+    with pytest.raises(torch.OutOfMemoryError, match="a row of 41 tokens does not fit"):
+        CaptureEngine(model, packed=False).run(random_rows([(40, 1)]), plan_of(model))
+
+    def broken() -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    limit_tokens(monkeypatch, model, 40, broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        CaptureEngine(model, 10_000, packed=False).run(rows, plan_of(model))
+
+
+def test_out_of_memory_halves_packed_passes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny("qwen2"), random_rows(LENGTHS * 3, seed=2)
+    embed, tried = LeanLlama.embed, []
+
+    def limited(self: LeanLlama, ids: Tensor) -> Tensor:
+        tried.append(len(ids))
+        if len(ids) > 40:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return embed(self, ids)
+
+    monkeypatch.setattr(LeanLlama, "embed", limited)
+    engine = CaptureEngine(model, 10_000)
+    values = engine.run(rows, plan_of(model))
+    assert max(tried) == sum(row.spans.response_end for row in rows)
+    assert engine.budget.tokens <= 40
+    assert max(deviations(values, rows, plan_of(model), model)) < BATCH_BOUND
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300))

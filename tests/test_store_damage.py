@@ -17,8 +17,10 @@ from failure_table import Tally
 from failure_table import tally as tally
 from store_worker import LAYERS, MODEL, capture, expected, make_rows, make_texts, new_store, request
 
+from jobs.cli import main
 from store.activations import ActivationStore, CaptureRequest, ModelStore
 from store.errors import DamageError, MismatchError, MissingDataError, ResidError
+from store.generation import Generation
 from store.layout import Compression
 from store.readers import DirectReader, ZarrReader
 from store.selection import Selection
@@ -379,15 +381,15 @@ METADATA = [
 ]
 
 
-def metadata_file(held: Held, name: str) -> Path:
-    folder = held.generation.records if name in ("generation.json", "rows.parquet") else held.generation.location
+def metadata_file(generation: Generation, name: str) -> Path:
+    folder = generation.records if name in ("generation.json", "rows.parquet") else generation.location
     return folder.path / name
 
 
 @pytest.mark.parametrize("name", METADATA)
 @pytest.mark.parametrize("held", ["direct", "zarr all_tokens", "zstd"], indirect=True)
 def test_damaged_metadata_is_found_and_made_again_without_its_blocks(held: Held, tally: Tally, name: str) -> None:
-    path = metadata_file(held, name)
+    path = metadata_file(held.generation, name)
     whole = path.read_bytes()
     for bit in bits(path, 20, name):
         with flipped(path, bit):
@@ -396,17 +398,45 @@ def test_damaged_metadata_is_found_and_made_again_without_its_blocks(held: Held,
             with contextlib.suppress(MismatchError):  # the flip may have hit the version
                 assert len(held.reopened.verify()) == 1
         tally.add()
-    path.unlink()
-    (finding,) = held.reopened.verify() or ["there is no such generation"]
-    assert name in finding or name == "generation.json"
-    overwrite(path, b"")
-    (finding,) = held.reopened.verify(repair=True)
-    assert name in finding
     again = {"block_rows": 3, "compression": held.layout.compression}
-    assert capture(held.reopened, held.layout.asked, **again) == ()  # type: ignore[arg-type]
-    assert held.reopened.verify() == []
-    assert path.read_bytes() == whole
-    held.require_right()
+    for damage in ("missing", "empty"):
+        path.unlink() if damage == "missing" else overwrite(path, b"")
+        findings = held.reopened.verify(repair=True)
+        # Without generation.json there is no such capture.
+        assert [name in finding for finding in findings] == [True] * (name != "generation.json" or damage == "empty")
+        assert capture(held.reopened, held.layout.asked, **again) == ()  # type: ignore[arg-type]
+        assert held.reopened.verify() == []
+        assert path.read_bytes() == whole
+        held.require_right()
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "mlp_out/zarr.json"])
+@pytest.mark.parametrize("held", ["direct", "zarr all_tokens"], indirect=True)
+def test_reading_without_the_metadata_that_it_needs_is_an_error(held: Held, name: str) -> None:
+    metadata_file(held.generation, name).unlink()
+    with pytest.raises(DamageError, match=r"missing\n  remedy: resid verify --store .*--repair"):
+        held.select()
+
+
+def test_torn_files_of_a_capture_that_never_began_are_written_anew(tmp_path: Path, held: Held, tally: Tally) -> None:
+    layout, generation = held.layout, held.generation
+    names = ["rows.parquet", *(each.name for each in generation.location.walk())]
+    begun = sorted(name for name in names if not name.startswith(tuple(f"{each}/c/" for each in COMPONENTS)))
+    for i in range(6):  # files up to one are whole, that one is cut, and the others are lacking
+        count = i * (len(begun) - 1) // 5
+        model = new_store(str(tmp_path / f"other-{i}"), layout.asked.dtype, D_MODEL)
+        other = Generation(model.location / held.id)
+        for j, name in enumerate(begun[: count + 1]):
+            metadata_file(other, name).parent.mkdir(parents=True, exist_ok=True)
+            data = metadata_file(held.generation, name).read_bytes()
+            metadata_file(other, name).write_bytes(data if j < count else data[:3])
+        assert model.generations() == []
+        blocks = model.create(model.work([layout.asked], 3, layout.compression))
+        assert len(blocks) == generation.plan.n_blocks
+        assert model.verify() == []
+        for name in (*begun, "generation.json"):
+            assert metadata_file(other, name).read_bytes() == metadata_file(held.generation, name).read_bytes()
+        tally.add()
 
 
 @pytest.mark.parametrize("held", ["direct"], indirect=True)
@@ -452,6 +482,43 @@ def test_a_damaged_model_file_is_found_and_written_again(held: Held, content: st
     assert store.models() == []
     new_store(str(held.folder), d_model=D_MODEL)
     held.require_right()
+
+
+@pytest.mark.parametrize("held", ["direct"], indirect=True)
+def test_a_model_file_of_another_model_is_refused(held: Held) -> None:
+    path = held.folder / MODEL[:16] / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0" * 64}))
+    with pytest.raises(MismatchError, match="belongs to model"):
+        held.select()
+
+
+@pytest.mark.parametrize("held", ["direct"], indirect=True)
+def test_the_verify_command_finds_and_repairs_one_block(
+    held: Held, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(*options: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", "--store", str(held.folder), "--results", str(tmp_path / "results"), *options])
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out + captured.err
+
+    code, said = verify()
+    assert code == 0
+    assert "checked 4 activation blocks" in said
+    flip(held.shard(3), 800)
+    for options in ((), ("--repair",)):
+        code, said = verify(*options)
+        assert code == 1
+        assert "block 3" in said
+    assert verify()[0] == 0
+    assert [block.block for block in capture(held.reopened, held.layout.asked)] == [3]
+
+
+def test_an_unrelated_folder_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("...")
+    with pytest.raises(MissingDataError, match="holds nothing"):
+        ActivationStore.open(str(tmp_path)).model(MODEL)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\0", '"resid"'])

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import random
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from failure_table import Tally
+from failure_table import tally as tally
 from s3_server import bucket as bucket
 from s3_server import s3 as s3
 from store_forks import Forks
 from store_forks import forks as forks
 from store_worker import (
+    LAYERS,
     MODEL,
     capture,
     committed_files,
+    expected,
     files,
     make_row,
     make_rows,
@@ -324,7 +332,7 @@ def gc_all_the_while(store: Path) -> Iterator[Counter[str]]:
 
 
 @pytest.mark.parametrize("kind", ["rows", "texts"])
-def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: Forks, kind: str) -> None:
+def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: Forks, tally: Tally, kind: str) -> None:
     asked = request(make_rows(90)) if kind == "rows" else request(make_texts(60), positions=[ALL_TOKENS])
     asked = request(asked.rows, ("resid_post", "mlp_out"), positions=asked.positions)
     for each in ("whole", "store"):
@@ -347,6 +355,7 @@ def test_gc_beside_writers_that_are_killed_loses_nothing(tmp_path: Path, forks: 
             now = committed_files(model)
             assert before.items() <= now.items()
             before = now
+            tally.add()
         last = forks.start("write_blocks", store=str(tmp_path / "store"))
         last.say("go")
         code, lines = last.end()
@@ -403,7 +412,9 @@ def test_gc_beside_captures_that_begin_and_write_together_loses_nothing(tmp_path
 RANGES = ((0, 30), (20, 50), (40, 60))
 
 
-def test_gc_beside_captures_that_are_killed_while_they_begin_loses_nothing(tmp_path: Path, forks: Forks) -> None:
+def test_gc_beside_captures_that_are_killed_while_they_begin_loses_nothing(
+    tmp_path: Path, forks: Forks, tally: Tally
+) -> None:
     code, lines = forks.start("create", store=str(tmp_path / "whole"), n_rows=6).end()
     assert code == 0
     n = int(lines[-1].removeprefix("operations "))
@@ -413,6 +424,7 @@ def test_gc_beside_captures_that_are_killed_while_they_begin_loses_nothing(tmp_p
         for step in sorted(rng.sample(range(n // 3, n), 12)):
             forks.start("create", store=str(tmp_path / "store"), n_rows=6, at=step).end()
             between.update(sweep(tmp_path / "store"))
+            tally.add()
         assert forks.start("create", store=str(tmp_path / "store"), n_rows=6).end()[0] == 0
     between.update(counts)
     assert between["unbegun"] > 0, between
@@ -420,6 +432,104 @@ def test_gc_beside_captures_that_are_killed_while_they_begin_loses_nothing(tmp_p
     model = new_store(str(tmp_path / "store"))
     capture(model, request(make_rows(6), ("resid_post", "mlp_out")))
     assert model.verify() == []
+
+
+# -- writers whose claim cannot be seen ------------------------------------------------------------------------------
+
+GATED = ("exists", "size", "list", "read_bytes", "tail", "remove", "write", "create", "writing")
+
+
+class Turns:
+    """Threads of which one at a time goes on to its next operation on the store, as a schedule says."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._go: dict[str, threading.Semaphore] = {}
+        self._events: queue.Queue[tuple[str, bool]] = queue.Queue()
+        for name in GATED:
+            patch.setattr(Location, name, self._gated(getattr(Location, name)))
+
+    def _gated(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wait_and_do(*arguments: Any, **options: Any) -> Any:
+            name = threading.current_thread().name
+            if name in self._go:
+                self._events.put((name, False))
+                self._go[name].acquire()
+            return operation(*arguments, **options)
+
+        return wait_and_do
+
+    def take(self, choose: Callable[[list[str]], str], **tasks: Callable[[], object]) -> dict[str, Any]:
+        """Run the tasks to their ends; return their results, errors included."""
+        results: dict[str, Any] = {}
+
+        def run(name: str) -> None:
+            try:
+                results[name] = tasks[name]()
+            except Exception as error:
+                results[name] = error
+            self._events.put((name, True))
+
+        self._go = {name: threading.Semaphore(0) for name in tasks}
+        threads = [threading.Thread(target=run, args=(name,), name=name) for name in tasks]
+        for thread in threads:
+            thread.start()
+        running, waiting = set(tasks), set()
+        while running or waiting:
+            while running:
+                name, ended = self._events.get(timeout=60)
+                running.remove(name)
+                waiting |= set() if ended else {name}
+            if waiting:
+                name = choose(sorted(waiting))
+                waiting.remove(name)
+                running.add(name)
+                self._go[name].release()
+        for thread in threads:
+            thread.join()
+        self._go = {}
+        return results
+
+
+@pytest.mark.parametrize("left", ["nothing", "whole", "of a rival", "torn"])
+@pytest.mark.parametrize("place", ["local", "objects"])
+def test_gc_and_a_writer_that_it_cannot_see_in_any_order_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally, place: str, left: str
+) -> None:
+    # Used to happen: a shard was removed that had just been committed, and only `verify` noticed. A writer holds no
+    # lock on object storage, nor where it has lost patience with another one's.
+    monkeypatch.setattr(Generation, "claim", lambda *_: contextlib.nullcontext(True))
+    turns = Turns(monkeypatch)
+    rng = random.Random(left)
+    asked = request(make_rows(3), ("resid_post", "mlp_out"))
+    removed = 0
+    for i in range(60):
+        url = str(tmp_path / str(i)) if place == "local" else f"memory://{uuid.uuid4().hex}"
+        model = new_store(url)
+        (block,) = model.create(model.work([asked]))
+        (generation,) = model.generations()
+        noise = {"of a rival": 2e-6}.get(left, 0.0)
+        shards = [generation.shard(component, 0) for component in ("resid_post", "mlp_out")]
+        if left != "nothing":
+            assert write(model, block, noise)
+            (generation.records / "commits" / "0.json").remove()
+            if left == "torn":
+                shards[0].write(shards[0].read_bytes()[:-9])
+        garbage = [Garbage(shard, 0, "shard", "", generation, 0) for shard in shards]
+        eager = rng.uniform(0.2, 0.8)  # how often the garbage collection goes first
+        results = turns.take(
+            lambda names, eager=eager: names[rng.random() > eager] if len(names) == 2 else names[0],
+            gc=lambda garbage=garbage: remove_garbage(garbage),
+            writer=lambda model=model, block=block: write(model, block),
+        )
+        assert results["writer"] is True
+        removed += len(results["gc"][0])
+        assert model.verify() == []
+        for component in asked.components:
+            read = model.select([row.key for row in asked.rows], component, "prompt_end").to_numpy()
+            truth = expected(asked.rows, component, range(LAYERS), "prompt_end", "float32")
+            assert any(np.array_equal(read, truth * np.float32(1 + each)) for each in (0.0, noise))
+        tally.add()
+    assert 0 < removed < 2 * 60
 
 
 # -- object storage --------------------------------------------------------------------------------------------------

@@ -211,6 +211,38 @@ def test_rivals_at_full_speed_agree_on_what_is_there(url: str, forks: Forks, nam
     check_one_of(model, asked, noises)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("left", ["whole", "of a rival", "torn", "flipped", "of other rows", "no shard"])
+def test_a_shard_that_was_left_without_a_commit_is_taken_if_it_is_right_and_else_replaced(
+    tmp_path: Path, name: str, left: str
+) -> None:
+    asked, compression = LAYOUTS[name]
+
+    def shards(folder: str, noise: float = 0.0) -> Path:
+        model = new_store(str(tmp_path / folder), dtype=asked.dtype)
+        (block,) = model.create(model.work([asked], 4, compression))
+        assert write(model, block, noise)
+        return model.generations()[0].shard("mlp_out", 0).path
+
+    right, rival = shards("right").read_bytes(), shards("rival", NOISE).read_bytes()
+    other = {
+        "whole": right,
+        "of a rival": rival,
+        "torn": right[:-7],
+        "flipped": bytes([right[0] ^ 1]) + right[1:],
+        "of other rows": shards("other", noise=0.5).read_bytes(),  # of the same shape
+        "no shard": b"not a shard",
+    }[left]
+    model = new_store(str(tmp_path / "store"), dtype=asked.dtype)
+    (block,) = model.create(model.work([asked], 4, compression))
+    (generation,) = model.generations()
+    place = generation.shard("mlp_out", 0)
+    place.write(other)
+    assert write(model, block)
+    assert place.read_bytes() == (rival if left == "of a rival" else right)
+    check_one_of(model, asked, [0.0, NOISE])
+
+
 def test_a_committed_block_is_not_written_again(tmp_path: Path) -> None:
     model = new_store(str(tmp_path))
     capture(model, request(make_rows(6)), block_rows=3)
