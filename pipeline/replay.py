@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.batching import release_memory
-from pipeline.lean_llama import lean_llama, why_not
+from pipeline.batching import ran_out_of_memory, release_memory
+from pipeline.lean_llama import LeanLlama, lean_llama, why_not
+from pipeline.lean_proof import agrees
 from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
@@ -83,9 +84,20 @@ class ReplayEngine:
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
         self.share_prefill = share_prefill
         self.stop_ids = stop_token_ids(model)
-        if lean and (reason := why_not(model)) is not None:
+        self.path, self._lean = self._way(lean, pack)
+
+    def _way(self, lean: bool | None, pack: bool | None) -> tuple[str, LeanLlama | None]:
+        """Return how rows will run, in words, and the model's lean form if it is that."""
+        reason = "asked for" if lean is False else why_not(self.model)
+        if reason is None:
+            found = lean_llama(self.model, pack=pack)
+            assert found is not None
+            if agrees(found, self.model):
+                return "packed", found
+            reason = "on trial rows the packed path did not agree with the model"
+        if lean:
             raise ModelError(f"the lean path does not serve this model: {reason}; leave out lean=True")
-        self._lean = None if lean is False else lean_llama(model, pack=pack)
+        return f"padded, through transformers' modules: {reason}", None
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Generate for every job; results are in the order of the jobs.
@@ -117,9 +129,9 @@ class ReplayEngine:
                 with torch.inference_mode():
                     scheduler.run(self._runner(scheduler.batch_rows, longest), choose)
                 continue
-            except torch.OutOfMemoryError:
-                tried = len(scheduler.in_flight)
-                if tried <= 1:
+            except (RuntimeError, MemoryError) as error:
+                tried = len(scheduler.in_flight) or scheduler.batch_rows
+                if tried <= 1 or not ran_out_of_memory(error):
                     raise
             # Out of the handler: the error's traceback held the failed batch's cache.
             release_memory(self.model.device)

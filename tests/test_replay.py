@@ -18,7 +18,7 @@ from tiny_models import LAYERS, VOCAB, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from pipeline import scheduler
+from pipeline import lean_llama, scheduler
 from pipeline.capture import CaptureEngine
 from pipeline.chat import prompt_row
 from pipeline.lean_llama import LeanLlama, why_not
@@ -322,6 +322,20 @@ def test_real_texts_are_the_same_however_rows_run(smollm2: LoadedModel) -> None:
     total = sum(len(output.token_ids) for output in found["all at once"])
     print(f"near ties among {len(jobs)} texts, {total} tokens: {counts}")
     assert max(counts.values()) <= 1
+
+
+def test_a_packed_path_that_does_not_agree_with_the_model_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
+    chosen = engine(model)
+    assert chosen.path == "packed"
+    expected = texts(chosen.run(jobs))
+    monkeypatch.setattr(lean_llama, "_rotated", lambda x, cos, sin: x)
+    chosen = engine(model)
+    assert "did not agree" in chosen.path
+    assert texts(chosen.run(jobs)) == expected
+    with pytest.raises(ModelError, match="did not agree"):
+        engine(model, lean=True)
+    assert "Gemma2ForCausalLM is not one of" in engine(tiny("gemma2")).path
 
 
 def test_batch_size_and_order_do_not_change_texts() -> None:
@@ -645,6 +659,25 @@ def test_out_of_memory_halves_the_rows_that_are_decoded_together(monkeypatch: py
     assert chosen.batch_rows == 3
     assert {rows for rows, held in tried if rows * held > 80} >= {28, 14, 7}
     assert any(rows * held > 80 and held > 9 for rows, held in tried), "in the middle of decoding"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: no memory")])
+def test_the_packed_path_halves_its_rows_too(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
+    expected = texts(engine(model, batch_rows=28, lean=True).run(jobs))
+    block, tried = LeanLlama.block, list[int]()
+
+    def limited(self: Any, layer: int, h: Tensor, *args: Any) -> Tensor:
+        tried.append(len(h))
+        if len(h) > 30:
+            raise error
+        return block(self, layer, h, *args)
+
+    monkeypatch.setattr(LeanLlama, "block", limited)
+    chosen = engine(model, batch_rows=28, lean=True)
+    assert texts(chosen.run(jobs)) == expected
+    assert chosen.batch_rows < 14
+    assert max(tried) > 30
 
 
 def test_a_single_row_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
