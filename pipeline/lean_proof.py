@@ -26,7 +26,7 @@ def agrees(lean: LeanLlama, model: LoadedModel) -> bool:
     attend = PackedCausal(lean, _LENGTHS)
     for layer in range(lean.n_layers):
         h = lean.block(layer, h, rotary, attend)
-    for row, logits in zip(rows, torch.split(lean.logits(h), _LENGTHS), strict=True):
+    for row, logits in zip(rows, torch.split(lean.logits(h), list(_LENGTHS)), strict=True):
         expected = model.model(input_ids=row[None], use_cache=False).logits[0].float()
         if not bool((logits - expected).abs().max() <= bound * expected.abs().max()):
             return False
