@@ -4,16 +4,23 @@
 
 The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
-up to the end of each text; greedy texts are compared one by one.
+up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
+without its shared prefill, without packed weights, and through transformers' own modules.
+
+A second table says what interventions cost: the same rows and the same number of tokens, nothing shared, with all
+operations and with none.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import paths  # noqa: F401
 import torch
 from common import alternate, parser, prepare, report
 
@@ -122,41 +129,68 @@ def with_generate(
 
 
 def with_engine(
-    model: LoadedModel, rows: list[Row], conditions: list[Condition], batch_rows: int, max_new_tokens: int
+    model: LoadedModel,
+    rows: list[Row],
+    conditions: list[Condition],
+    batch_rows: int,
+    max_new_tokens: int,
+    stop: bool = True,
+    **options: Any,
 ) -> tuple[int, Texts]:
-    """Generate all conditions together with the ReplayEngine."""
+    """Generate all conditions together with the ReplayEngine; without `stop` texts run on to their full length."""
     jobs = [Job(row, condition) for row in rows for condition in conditions]
-    outputs = ReplayEngine(model, Decoding(max_new_tokens=max_new_tokens), batch_rows=batch_rows).run(jobs)
+    engine = ReplayEngine(model, Decoding(max_new_tokens=max_new_tokens), batch_rows=batch_rows, **options)
+    if not stop:
+        engine.stop_ids = frozenset()
+    outputs = engine.run(jobs)
     texts = {(j.row.key, j.condition.key): output.token_ids for j, output in zip(jobs, outputs, strict=True)}
     return sum(map(len, texts.values())), texts
 
 
 def main() -> None:
-    options = parser(__doc__, prompts=32, repeats=1)
-    options.add_argument("--max-new-tokens", type=int, default=24, help="tokens per text (default 24)")
-    options.add_argument("--batch-rows", type=int, default=128, help="rows that the engine decodes at once (128)")
+    options = parser(__doc__, prompts=48, repeats=1)
+    options.add_argument("--max-new-tokens", type=int, default=48, help="tokens per text (default 48)")
+    options.add_argument("--batch-rows", type=int, default=192, help="rows that the engine decodes at once (192)")
+    options.add_argument("--part", type=int, default=16, help="one prompt in so many runs one by one (default 16)")
+    options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
     args = options.parse_args()
+    if args.cpu_time:
+        time.perf_counter = time.process_time
     model, rows = prepare(args)
     conditions, n = conditions_of(model, rows), args.max_new_tokens
-    share = {1: max(1, len(rows) // 16), 8: max(min(8, len(rows)), len(rows) // 4), 32: len(rows)}
-    engine = "ReplayEngine"
+    share = {1: max(1, len(rows) // args.part), 8: max(min(8, len(rows)), len(rows) // 4), 32: len(rows)}
     methods: dict[str, Any] = {
         ("one by one" if batch == 1 else f"batch {batch}"): lambda batch=batch, part=part: with_generate(
             model, rows[:part], conditions, batch, n
         )
         for batch, part in share.items()
     }
-    methods[engine] = lambda: with_engine(model, rows, conditions, args.batch_rows, n)
+    engines: dict[str, dict[str, Any]] = {
+        "engine": {},
+        "nothing shared": {"share_prefill": False},
+        "no packed weights": {"pack": False},
+        "padded": {"lean": False},
+    }
+    for name, chosen in engines.items():
+        methods[name] = lambda chosen=chosen: with_engine(model, rows, conditions, args.batch_rows, n, **chosen)
     with_generate(model, rows[:2], conditions[:1], 2, 2)
     with_engine(model, rows[:2], conditions[:1], 2, 2)
     timed = alternate(methods, args.repeats)
-    ours: Texts = timed[engine].result
+    ours: Texts = timed["engine"].result
     agreement = {}
     for name, measured in timed.items():
         same = sum(ids == ours[key] for key, ids in measured.result.items())
         agreement[name] = f"{same} of {len(measured.result)} texts as the engine's"
     print(f"{len(rows)} prompts x {len(conditions)} conditions x {n} tokens, {args.batch_rows} rows in the engine")
     report(timed, "tokens", agreement, args.repeats)
+
+    bare = [dataclasses.replace(condition, operations=()) for condition in conditions]
+    few = rows[: max(1, args.batch_rows // len(conditions))]
+    costs = {
+        name: lambda some=some: with_engine(model, few, some, args.batch_rows, n, stop=False, share_prefill=False)
+        for name, some in {"without interventions": bare, "with interventions": conditions}.items()
+    }
+    report(alternate(costs, max(args.repeats, 3)), "tokens", {}, max(args.repeats, 3))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pipeline.cluster import Cluster
 from store.conditions import (
     Condition,
     MonitorPlan,
+    check_token_ranges,
     decoding_key,
     generation_key,
     interventions_text,
@@ -23,10 +24,11 @@ from store.conditions import (
     resolve_monitor,
 )
 from store.directions import Direction
-from store.errors import MissingDataError
+from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical_json
 from store.rows import Row
 from store.study_choices import with_choices
+from store.yaml_file import where
 
 if TYPE_CHECKING:
     from jobs.capture import CaptureInputs
@@ -116,9 +118,20 @@ class ReplayPlan:
         how = self.decoding_key(condition)
         for name, prompt in self.context.prompts_of(condition.prompts):
             row = self.inputs.prompt_row(prompt.id, with_response=False)
+            self._check_ranges(condition, row)
             for seed in self.replay.seeds:
                 key = generation_key(row.model, row.key, condition.key, how, seed)
                 yield Wanted(name, prompt.id, row, condition, seed, key)
+
+    def _check_ranges(self, condition: Condition, row: Row) -> None:
+        """Refuse ranges of tokens that a prompt does not have, before a model is loaded."""
+        try:
+            check_token_ranges(condition, row)
+        except ValueError as error:
+            key = f"replay.conditions.{condition.base}.interventions"
+            remedy = "choose a range that every prompt has, or replay other `prompts` under this condition"
+            file = where(self.context.study.file, key)
+            raise StudyError(str(error), file=file, key=key, remedy=remedy) from None
 
     def write_tables(self) -> None:
         """Write the study's conditions and the texts that it asks for, replacing what it wrote before."""

@@ -246,6 +246,8 @@ def interventions(text: str) -> str:
             norm = rest.pop("norm", "natural")
             rule = norm if isinstance(norm, str) else f"norm of {norm['match']}"
             what = f"add {rest.pop('coefficient', 1):g} \u00d7 {rest.pop('add')} ({rule})"
+        elif "clamp" in rest:
+            what = f"clamp {rest.pop('clamp')} to {rest.pop('projection'):g}"
         else:
             names = rest.pop("project_out", [])
             what = f"project out {', '.join([names] if isinstance(names, str) else names)}"

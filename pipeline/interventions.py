@@ -11,6 +11,7 @@ from torch import Tensor
 
 from store.conditions import MonitorPlan, Operation
 from store.sites import Site
+from store.study_interventions import TokenRange
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def scope_of(operation: Operation, prompt_length: int) -> tuple[int, int | None]
             return 0, prompt_length
         case "response":
             return prompt_length, None
+        case TokenRange() as tokens:
+            return tokens.span(prompt_length)
 
 
 def acts_on_prompts(operation: Operation) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pipeline.lean_llama import LeanLlama
 
-# Rows that one attention call reads together, up to the longest of them.
+# Rows that one attention call on the CPU reads together, up to the longest of them.
 CHUNK_ROWS = 32
 
 
@@ -57,8 +57,9 @@ class SlotAttention:
         self.places = torch.arange(n, device=lean.device) * slots.length + at
         # (first slot, end, length, by window: mask [slot, 1, 1, position] to add to scores, or None)
         self._chunks: list[tuple[int, int, int, dict[int | None, Tensor | None]]] = []
-        for first in range(0, n, CHUNK_ROWS):
-            end = min(first + CHUNK_ROWS, n)
+        step = CHUNK_ROWS if lean.device.type == "cpu" else n  # elsewhere a launch costs more than padding does
+        for first in range(0, n, step):
+            end = min(first + step, n)
             here = positions[first:end]
             length = max(here) + 1
             masks = {window: self._mask(at[first:end], here, length, window) for window in set(lean.windows)}

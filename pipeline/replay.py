@@ -11,14 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.batching import release_memory
-from pipeline.lean_llama import lean_llama, why_not
+from pipeline.batching import ran_out_of_memory, release_memory
+from pipeline.lean_llama import LeanLlama, lean_llama, why_not
+from pipeline.lean_proof import agrees
 from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
 from pipeline.runners import Entrant, Passed, Runner
 from pipeline.scheduler import Scheduler, Waiting
-from store.conditions import Condition, MonitorPlan
+from store.conditions import Condition, MonitorPlan, check_token_ranges
 from store.errors import ModelError, NonFiniteError
 from store.rows import Row
 from store.study import Decoding
@@ -40,10 +41,15 @@ class Job:
 
 @dataclass
 class Output:
-    """One generated text. `token_ids` leave out the end-of-turn token."""
+    """One generated text.
+
+    `token_ids` leave out the end-of-turn token; they include the token that completed a stop string, of which `text`
+    of the engine shows nothing. `finish_reason` is "stop" for both and "length" where the text was cut off.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
+    ended_by: str | None = None  # the stop string
     # [forward pass, site, direction]: pass 0 reads the last prompt token, pass i the i-th response token.
     monitored: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
@@ -66,8 +72,11 @@ class ReplayEngine:
         *,
         lean: bool | None = None,
         share_prefill: bool = True,
+        pack: bool | None = None,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
+
+        ``pack`` is that of `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
 
         Raises:
             ModelError: if the lean path is asked for and does not serve the model, with the reason.
@@ -75,9 +84,20 @@ class ReplayEngine:
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
         self.share_prefill = share_prefill
         self.stop_ids = stop_token_ids(model)
-        if lean and (reason := why_not(model)) is not None:
+        self.path, self._lean = self._way(lean, pack)
+
+    def _way(self, lean: bool | None, pack: bool | None) -> tuple[str, LeanLlama | None]:
+        """Return how rows will run, in words, and the model's lean form if it is that."""
+        reason = "asked for" if lean is False else why_not(self.model)
+        if reason is None:
+            found = lean_llama(self.model, pack=pack)
+            assert found is not None
+            if agrees(found, self.model):
+                return "packed", found
+            reason = "on trial rows the packed path did not agree with the model"
+        if lean:
             raise ModelError(f"the lean path does not serve this model: {reason}; leave out lean=True")
-        self._lean = None if lean is False else lean_llama(model)
+        return f"padded, through transformers' modules: {reason}", None
 
     def run(self, jobs: Sequence[Job]) -> list[Output]:
         """Generate for every job; results are in the order of the jobs.
@@ -87,7 +107,10 @@ class ReplayEngine:
         Raises:
             torch.OutOfMemoryError: if a single row does not fit.
             NonFiniteError: if a row's logits hold NaN or infinity, naming its condition.
+            ValueError: if a prompt lacks tokens that its condition names.
         """
+        for job in jobs:
+            check_token_ranges(job.condition, job.row)
         outputs = [Output() for _ in jobs]
         # Conditions of a prompt follow each other: they enter together and share their prefill.
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
@@ -106,9 +129,9 @@ class ReplayEngine:
                 with torch.inference_mode():
                     scheduler.run(self._runner(scheduler.batch_rows, longest), choose)
                 continue
-            except torch.OutOfMemoryError:
-                tried = len(scheduler.in_flight)
-                if tried <= 1:
+            except (RuntimeError, MemoryError) as error:
+                tried = len(scheduler.in_flight) or scheduler.batch_rows
+                if tried <= 1 or not ran_out_of_memory(error):
                     raise
             # Out of the handler: the error's traceback held the failed batch's cache.
             release_memory(self.model.device)
@@ -143,8 +166,19 @@ class ReplayEngine:
                 output.finish_reason = "stop"
             else:
                 output.token_ids.append(token)
+                output.ended_by = self._stop_string(output.token_ids)
+                if output.ended_by is not None:
+                    output.finish_reason = "stop"
             ended.append(output.finish_reason == "stop" or len(output.token_ids) == self.decoding.max_new_tokens)
         return tokens, ended
+
+    def _stop_string(self, token_ids: Sequence[int]) -> str | None:
+        """Return the stop string that a text holds first."""
+        if not self.decoding.stop:
+            return None
+        text = self.decode(token_ids)
+        found = [(text.index(stop), stop) for stop in self.decoding.stop if stop in text]
+        return min(found)[1] if found else None
 
     def _refuse_non_finite(self, logits: Tensor, jobs: Sequence[Job]) -> None:
         broken = ~logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
@@ -161,6 +195,11 @@ class ReplayEngine:
         digest = hashlib.sha256(f"{job.seed}:{job.row.key}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         return generator.random(self.decoding.max_new_tokens)
+
+    def text(self, output: Output) -> str:
+        """Return a generated text, up to its stop string."""
+        text = self.decode(output.token_ids)
+        return text if output.ended_by is None else text[: text.index(output.ended_by)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text, special tokens left out."""

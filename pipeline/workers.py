@@ -171,7 +171,7 @@ class ReplayWorker:
                 "condition_key": item.condition,
                 "decoding_key": self.decoding_key,
                 "seed": item.seed,
-                "text": self.engine.decode(output.token_ids),
+                "text": self.engine.text(output),
                 "token_ids": output.token_ids,
                 "n_tokens": len(output.token_ids),
                 "finish_reason": output.finish_reason,

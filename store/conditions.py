@@ -17,9 +17,11 @@ from store.directions import Direction
 from store.errors import MismatchError, MissingDataError, StudyError
 from store.fingerprint import fingerprint
 from store.layers import resolve_layer, resolve_layers
+from store.rows import Row
 from store.sites import Site
-from store.study import Add, ConditionSpec, Decoding, MatchNorm, Monitor, ProjectOut, Replay, Tokens
+from store.study import ConditionSpec, Decoding, Monitor, Replay
 from store.study_expand import expand_conditions
+from store.study_interventions import Add, Clamp, MatchNorm, ProjectOut, TokenRange, Tokens, directions_of
 from store.yaml_file import where
 
 
@@ -63,12 +65,9 @@ def directions_used(spec: ConditionSpec) -> set[str]:
     """Return the names of the directions that a condition needs."""
     used: set[str] = set()
     for intervention in spec.interventions:
-        if isinstance(intervention, Add):
-            used.add(intervention.add)
-            if isinstance(intervention.norm, MatchNorm):
-                used.add(intervention.norm.match)
-        else:
-            used.update(intervention.project_out)
+        used.update(directions_of(intervention))
+        if isinstance(intervention, Add) and isinstance(intervention.norm, MatchNorm):
+            used.add(intervention.norm.match)
     return used
 
 
@@ -119,9 +118,9 @@ def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int
     """Hash what the condition does: spellings of the same layers agree, other vectors of the same name do not."""
     items = []
     for item in spec.interventions:
-        named = [item.add] if isinstance(item, Add) else item.project_out
+        named = directions_of(item)
         record: dict[str, object] = {
-            "kind": "add" if isinstance(item, Add) else "project_out",
+            "kind": _kind(item),
             "directions": [directions[name].digest for name in named],
             "read": [directions[name].component for name in named],
             "component": item.component,
@@ -135,20 +134,28 @@ def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int
             norm = item.norm
             record["coefficient"] = item.coefficient
             record["norm"] = {"match": directions[norm.match].digest} if isinstance(norm, MatchNorm) else norm
+        if isinstance(item, Clamp):
+            record["projection"] = item.projection
         items.append(record)
     return fingerprint({"model": model, "interventions": items})
 
 
-def source_layer(item: Add | ProjectOut, layer: int, n_layers: int) -> int:
+def source_layer(item: Add | ProjectOut | Clamp, layer: int, n_layers: int) -> int:
     """Return the layer whose vector an intervention uses at a layer; it may be none of the model's."""
     return (layer if item.from_layer is None else resolve_layer(item.from_layer, n_layers)) + item.from_offset
+
+
+def _kind(item: Add | ProjectOut | Clamp) -> Literal["add", "project_out", "clamp"]:
+    if isinstance(item, Add):
+        return "add"
+    return "clamp" if isinstance(item, Clamp) else "project_out"
 
 
 class _DependentError(ValueError):
     """Directions to project out together span less than their number."""
 
 
-def _operations(item: Add | ProjectOut, directions: Mapping[str, Direction], n_layers: int) -> list[Operation]:
+def _operations(item: Add | ProjectOut | Clamp, directions: Mapping[str, Direction], n_layers: int) -> list[Operation]:
     operations: list[Operation] = []
     for layer in resolve_layers(item.layers, n_layers):
         source = source_layer(item, layer, n_layers)
@@ -157,6 +164,11 @@ def _operations(item: Add | ProjectOut, directions: Mapping[str, Direction], n_l
             assert isinstance(item.coefficient, float | int)
             vector = _normed(item, directions, source) * float(item.coefficient)
             operations.append(Operation("add", site, vector[None].astype(np.float32), item.tokens))
+        elif isinstance(item, Clamp):
+            unit = directions[item.clamp].unit(source)
+            operations.append(
+                Operation("clamp", site, unit[None].astype(np.float32), item.tokens, float(item.projection))
+            )
         else:
             units = [directions[name].unit(source) for name in item.project_out]
             basis = orthonormal_basis(units)
@@ -191,6 +203,20 @@ def orthonormal_basis(vectors: Sequence[npt.NDArray[np.float64]], tolerance: flo
     return kept
 
 
+def check_token_ranges(condition: Condition, row: Row) -> None:
+    """Check that a row's prompt has the tokens that a condition's ranges name.
+
+    Raises:
+        ValueError: otherwise, naming condition, range and prompt.
+    """
+    for operation in condition.operations:
+        if isinstance(operation.tokens, TokenRange):
+            try:
+                operation.tokens.span(row.spans.prompt_length)
+            except ValueError as error:
+                raise ValueError(f"condition {condition.name!r}: {error} (prompt {row.prompt_id[:16]})") from None
+
+
 @dataclass(frozen=True)
 class MonitorPlan:
     """Which projections are recorded while generating: unit vectors [direction, d_model] per site."""
@@ -221,7 +247,10 @@ def resolve_monitor(monitor: Monitor | None, directions: Mapping[str, Direction]
 
 def decoding_key(decoding: Decoding, monitor: MonitorPlan | None) -> str:
     """Identify how text is generated and what is recorded on the way."""
-    return fingerprint({"decoding": decoding, "monitor": None if monitor is None else monitor.key})
+    how = decoding.model_dump()
+    if not how["stop"]:
+        del how["stop"]  # texts that were generated before there were stop strings keep their key
+    return fingerprint({"decoding": how, "monitor": None if monitor is None else monitor.key})
 
 
 def generation_key(model: str, row_key: str, condition_key: str, decoding: str, seed: int) -> str:

@@ -6,24 +6,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from store.layers import LayerNumber, Layers
+from store.layers import Layers
 from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
-from store.references import Reference, Value
+from store.references import Value
 from store.sites import Component
 from store.study_directions import Difference as Difference  # part of this module's interface, as those below
 from store.study_directions import DifferenceOfMeans as DifferenceOfMeans
@@ -31,6 +28,7 @@ from store.study_directions import DirectionSpec as DirectionSpec
 from store.study_directions import Orthogonalised as Orthogonalised
 from store.study_directions import Random as Random
 from store.study_directions import RandomMatched as RandomMatched
+from store.study_interventions import InterventionSpec
 from store.study_select import Claim, Comparison, Selection
 from store.study_traits import Keep, TraitSource
 from store.study_types import (
@@ -45,7 +43,7 @@ from store.study_types import (
     StudyName,
     distinct,
 )
-from store.yaml_file import fault, nearest
+from store.yaml_file import fault
 
 
 class Columns(Strict):
@@ -145,93 +143,6 @@ class Geometry(Strict):
     projections: list[ProjectionsSpec] = []
 
 
-class MatchNorm(Strict):
-    """Rescale to the raw norm of another direction at the same layer."""
-
-    match: str
-
-
-Tokens = Literal["all", "prompt", "response"]
-
-
-class Add(Strict):
-    """``h + coefficient * v`` at the given sites.
-
-    `tokens: response` begins with the forward pass that reads the first response token; the first response token
-    itself is predicted from the last prompt token, which belongs to the prompt.
-    """
-
-    add: str
-    layers: Layers
-    component: Component = "resid_post"
-    coefficient: float | list[float] | Reference = 1.0
-    norm: Literal["natural", "unit"] | MatchNorm = "natural"
-    tokens: Tokens = "all"
-    from_layer: LayerNumber | None = Field(default=None, description="use this layer's vector everywhere")
-    from_offset: int = Field(default=0, description="use the vector of the layer so many above (below: negative)")
-
-    @field_validator("coefficient")
-    @classmethod
-    def _some(cls, value: float | list[float] | str) -> float | list[float] | str:
-        if value == []:
-            raise fault("a sweep needs at least one coefficient", "write [1, 2], or a single number")
-        if isinstance(value, list) and len(set(value)) < len(value):
-            raise fault("the sweep names a coefficient twice", "name each one once")
-        return value
-
-
-class ProjectOut(Strict):
-    """``h - (h . v_hat) v_hat`` at the given sites; with several directions, of the subspace that they span."""
-
-    refused: ClassVar[dict[str, str]] = {
-        "coefficient": "project_out takes no coefficient: it removes the component whole",
-        "norm": "project_out takes no norm: it removes the component whole",
-    }
-
-    project_out: Names
-    layers: Layers
-    component: Component = "resid_post"
-    tokens: Tokens = "all"
-    from_layer: LayerNumber | None = None
-    from_offset: int = 0
-
-    @field_validator("project_out", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-_KINDS = ("add", "project_out")
-
-
-def _kind(value: Any) -> Any:
-    if not isinstance(value, Strict):
-        if not isinstance(value, dict):
-            raise fault(
-                "an intervention is a mapping of keys", "write {add: a_direction, layers: [10], coefficient: 1}"
-            )
-        named = [kind for kind in _KINDS if kind in value]
-        if len(named) == 2:
-            raise fault("an intervention cannot both add and project_out", "write two interventions; order counts")
-        if not named:
-            guess = next(
-                (hint for key in value if "mean" in (hint := nearest(str(key), _KINDS))), "write add: or project_out:"
-            )
-            raise fault("an intervention needs the key add or project_out", guess)
-    return value
-
-
-InterventionSpec = Annotated[
-    Annotated[Add, Tag("add")] | Annotated[ProjectOut, Tag("project_out")],
-    Discriminator(
-        lambda value: next(
-            (kind for kind in _KINDS if (kind in value if isinstance(value, dict) else hasattr(value, kind))), None
-        )
-    ),
-    BeforeValidator(_kind),
-]
-
-
 class ConditionSpec(Strict):
     """A list of interventions, in order; none is the baseline. `each`: one per combination of values of `$name`."""
 
@@ -247,6 +158,14 @@ class Decoding(Strict):
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    stop: list[str] = Field(default=[], description="a text ends in front of the first of these, which is left out")
+
+    @field_validator("stop")
+    @classmethod
+    def _some_text(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise fault("an empty string would end every text at once", "delete it")
+        return distinct(stop)
 
     @field_validator("top_p")
     @classmethod
@@ -275,8 +194,8 @@ class Replay(Strict):
     decoding: Decoding = Decoding()
     seeds: list[int] = Field(default=[0], min_length=1)
     monitor: Monitor | None = None
-    batch_rows: int = Field(default=32, ge=1, description="rows (prompt x condition) decoded together")
-    block_rows: int = Field(default=64, ge=1, description="rows committed together")
+    batch_rows: int = Field(default=128, ge=1, description="rows (prompt x condition) decoded together")
+    block_rows: int = Field(default=256, ge=1, description="rows committed together")
 
     @field_validator("seeds")
     @classmethod

@@ -9,7 +9,8 @@ from itertools import product
 from pydantic import ValidationError
 
 from store.references import Value, Values, filled, names_in, spelt
-from store.study import Add, ConditionSpec, Replay
+from store.study import ConditionSpec, Replay
+from store.study_interventions import Add
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,11 @@ from pydantic import ValidationError
 from store.conditions import directions_used
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
-from store.study import (
-    Add,
-    CaptureEntry,
-    DifferenceOfMeans,
-    MatchNorm,
-    RandomMatched,
-    Study,
-)
+from store.study import CaptureEntry, DifferenceOfMeans, RandomMatched, Study
 from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
 from store.study_choices import without_idle_candidates
 from store.study_directions import references
+from store.study_interventions import Add, Clamp, MatchNorm, directions_of
 from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
@@ -242,8 +236,9 @@ class _Checker(Complaints):
                     if isinstance(intervention.norm, MatchNorm):
                         self.known("direction", intervention.norm.match, specs, (*here, "norm", "match"))
                 else:
-                    for direction in intervention.project_out:
-                        self.known("direction", direction, specs, (*here, "project_out"))
+                    key = "clamp" if isinstance(intervention, Clamp) else "project_out"
+                    for direction in directions_of(intervention):
+                        self.known("direction", direction, specs, (*here, key))
         if replay.monitor is not None:
             for direction in replay.monitor.directions:
                 self.known("direction", direction, specs, ("replay", "monitor", "directions"))

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from store.conditions import source_layer
 from store.errors import StudyError
 from store.layers import LayersValue, LayerValue, resolve_layer, resolve_layers
-from store.study import Add, ConditionSpec, DifferenceOfMeans, MatchNorm, RandomMatched, Study
+from store.study import ConditionSpec, DifferenceOfMeans, RandomMatched, Study
 from store.study_choices import possible
 from store.study_directions import references
 from store.study_expand import BadConditionError, is_layer
 from store.study_file import captures_of, component_of
+from store.study_interventions import Add, MatchNorm, directions_of
 from store.yaml_file import where
 
 
@@ -36,7 +37,7 @@ def check_layers(study: Study, n_layers: int) -> None:
                 key = key.removesuffix("layers") + "from_layer"
                 _resolve_one(study, item.from_layer, n_layers, key)
             read = [source_layer(item, layer, n_layers) for layer in layers]
-            used = [item.add] if isinstance(item, Add) else list(item.project_out)
+            used = directions_of(item)
             if isinstance(item, Add) and isinstance(item.norm, MatchNorm):
                 used.append(item.norm.match)
             _require(study, used, read, computed, key)

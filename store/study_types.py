@@ -1,4 +1,4 @@
-"""What the records of a study file are made of: names, lists of names, positions."""
+"""What the records of a study file are made of: their base, names, lists of names, positions."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from store.conditions import Condition, Operation, orthonormal_basis
 from store.model_ref import ModelRef
 from store.rows import Row
 from store.sites import Site, Spans
-from store.study import ConditionSpec, Tokens
+from store.study import ConditionSpec
+from store.study_interventions import TokenRange, Tokens
 
 
 @cache
@@ -59,21 +60,26 @@ def random_rows(lengths: Sequence[tuple[int, int]], seed: int = 0, model: str = 
 class Step:
     """One intervention in words: raw directions [n, d_model], of which project_out removes the whole span."""
 
-    kind: Literal["add", "project_out"]
+    kind: Literal["add", "project_out", "clamp"]
     site: Site
     raw: Tensor
     tokens: Tokens = "all"
+    value: float = 0.0
 
     def operation(self) -> Operation:
         """Return what the engines are given."""
         raw = self.raw.double().numpy()
         vectors = raw if self.kind == "add" else orthonormal_basis([v / np.linalg.norm(v) for v in raw])
-        return Operation(self.kind, self.site, vectors.astype(np.float32), self.tokens)
+        return Operation(self.kind, self.site, vectors.astype(np.float32), self.tokens, self.value)
 
     def apply(self, h: Tensor) -> Tensor:
         """Return h [..., d_model] after the intervention, in float32."""
         if self.kind == "add":
             return h.float() + self.raw[0]
+        if self.kind == "clamp":
+            unit = self.raw[0].double() / self.raw[0].double().norm()
+            clamped: Tensor = h.double() - (h.double() @ unit)[..., None] * unit + self.value * unit
+            return clamped.float()
         basis, _ = torch.linalg.qr(self.raw.double().T)  # [d_model, n]
         wide = h.double()
         removed: Tensor = wide - (wide @ basis) @ basis.T
@@ -95,37 +101,70 @@ def blocks(model: Any) -> Any:
     raise AssertionError(f"{type(decoder).__name__} has no list of blocks")
 
 
+def module_of(model: Any, site: Site) -> tuple[Any, bool]:
+    """Return the module that carries a site of a model without post-norms, and whether it is the module's input."""
+    block = blocks(model)[site.layer]
+    if site.component in ("resid_pre", "resid_post"):
+        return block, site.component == "resid_pre"
+    names = {"attn_out": ("self_attn", "attn"), "mlp_out": ("mlp",)}[site.component]
+    return next(getattr(block, name) for name in names if hasattr(block, name)), False
+
+
 @contextmanager
 def steered(
     model: Any, steps: Sequence[Step], prompt_length: int, seen: dict[Site, list[Tensor]] | None = None
 ) -> Iterator[None]:
-    """Apply steps at resid_post in forward passes of one unpadded row; `seen` collects what a site then holds."""
+    """Apply steps in forward passes of one unpadded row; `seen` collects what resid_post of each layer then holds."""
 
-    def on_block(layer: int, here: list[Step]) -> Callable[[Any, Any, Any], Any]:
-        start = 0  # tokens that went through this block so far
+    def change(site: Site) -> Callable[[Tensor], Tensor]:
+        start = 0  # tokens that went through this site so far
+        here = [step for step in steps if step.site == site]
 
-        def hook(module: Any, args: Any, output: Any) -> Any:
+        def run(raw: Tensor) -> Tensor:
             nonlocal start
-            h = (output[0] if isinstance(output, tuple) else output).clone()
+            h = raw.clone()
             assert h.ndim == 3
             assert len(h) == 1
-            edge = min(max(prompt_length - start, 0), h.shape[1])
-            start += h.shape[1]
-            scopes = {"all": slice(None), "prompt": slice(0, edge), "response": slice(edge, None)}
             for step in here:
-                inside = scopes[step.tokens]
-                h[0, inside] = step.apply(h[0, inside]).to(h.dtype)
-            if seen is not None:
-                seen.setdefault(Site("resid_post", layer), []).append(h[0])
-            return (h, *output[1:]) if isinstance(output, tuple) else h
+                for token in range(h.shape[1]):
+                    at = start + token
+                    match step.tokens:
+                        case TokenRange() as tokens:
+                            inside = at in range(prompt_length)[tokens.first : tokens.end]
+                        case "prompt":
+                            inside = at < prompt_length
+                        case "response":
+                            inside = at >= prompt_length
+                        case _:
+                            inside = True
+                    if inside:
+                        h[0, token] = step.apply(h[0, token]).to(h.dtype)
+            start += h.shape[1]
+            if seen is not None and site.component == "resid_post":
+                seen.setdefault(site, []).append(h[0])
+            return h
 
-        return hook
+        return run
+
+    def on_input(run: Callable[[Tensor], Tensor]) -> Callable[[Any, Any], Any]:
+        return lambda module, args: (run(args[0]), *args[1:])
+
+    def on_output(run: Callable[[Tensor], Tensor]) -> Callable[[Any, Any, Any], Any]:
+        return lambda module, args, out: (run(out[0]), *out[1:]) if isinstance(out, tuple) else run(out)
 
     with ExitStack() as stack:
-        for layer, block in enumerate(blocks(model)):
-            here = [step for step in steps if step.site == Site("resid_post", layer)]
-            if here or seen is not None:
-                stack.callback(block.register_forward_hook(on_block(layer, here)).remove)
+        sites = {step.site: None for step in steps}
+        if seen is not None:
+            sites |= {Site("resid_post", layer): None for layer in range(len(blocks(model)))}
+        for site in sites:
+            module, is_input = module_of(model, site)
+            run = change(site)
+            handle = (
+                module.register_forward_pre_hook(on_input(run))
+                if is_input
+                else module.register_forward_hook(on_output(run))
+            )
+            stack.callback(handle.remove)
         yield
 
 

@@ -22,9 +22,11 @@ from store.conditions import (
 )
 from store.directions import Direction
 from store.errors import MismatchError, StudyError
+from store.fingerprint import fingerprint
 from store.sites import Site
 from store.study import ConditionSpec, Decoding, Monitor, Replay
 from store.study_expand import expand_conditions
+from store.study_interventions import TokenRange
 
 N_LAYERS, D = 6, 4
 
@@ -49,6 +51,37 @@ def resolved(*items: dict[str, Any], directions: dict[str, Direction] = DIRECTIO
     conditions, waiting = resolve_conditions(replay(c=list(items)), directions, N_LAYERS, "m")
     assert waiting == []
     return conditions[0]
+
+
+def test_a_clamp_holds_the_unit_vector_and_the_projection_and_has_a_key_of_its_own() -> None:
+    item: dict[str, Any] = {"clamp": "bb", "projection": -2.5, "layers": [2], "tokens": {"from": -3}}
+    (operation,) = resolved(item).operations
+    assert (operation.kind, operation.value, str(operation.site)) == ("clamp", -2.5, "resid_post.2")
+    np.testing.assert_allclose(operation.vectors[0], DIRECTIONS["bb"].unit(2), rtol=1e-6)
+    assert operation.tokens.span(8) == (5, 8)
+    others: list[dict[str, Any]] = [
+        {**item, "projection": 2.5},
+        {**item, "tokens": "prompt"},
+        {**item, "tokens": {"from": -3, "to": -1}},
+        {"project_out": "bb", "layers": [2]},
+    ]
+    assert len({resolved(one).key for one in (item, *others)}) == 5
+
+
+@pytest.mark.parametrize(("first", "end", "expected"), [(0, 4, (0, 4)), (-3, None, (6, 9)), (1, -1, (1, 8))])
+def test_a_range_of_tokens_lies_in_every_prompt_that_is_long_enough(
+    first: int, end: int | None, expected: tuple[int, int]
+) -> None:
+    tokens = TokenRange.model_validate({"from": first, "to": end})
+    assert tokens.span(9) == expected
+    with pytest.raises(ValueError, match="not in a prompt of 2 tokens"):
+        tokens.span(2)
+
+
+def test_texts_from_before_stop_strings_keep_their_key() -> None:
+    expected = fingerprint({"decoding": {"max_new_tokens": 9, "temperature": 0.0, "top_p": 1.0}, "monitor": None})
+    assert decoding_key(Decoding(max_new_tokens=9), None) == expected
+    assert decoding_key(Decoding(max_new_tokens=9, stop=["x"]), None) != expected
 
 
 def test_a_sweep_becomes_one_condition_per_coefficient_with_distinct_names() -> None:

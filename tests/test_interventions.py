@@ -19,6 +19,7 @@ from pipeline.interventions import BatchProgram
 from pipeline.models import LoadedModel
 from store.conditions import Condition, MonitorPlan
 from store.sites import COMPONENTS, Site
+from store.study_interventions import TokenRange
 
 CPU = torch.device("cpu")
 SITE = Site("resid_post", 1)
@@ -223,6 +224,48 @@ def test_a_row_is_changed_by_its_own_condition_whatever_its_batch_mates() -> Non
     for row in range(5):
         alone = apply([conditions[row]], h[row : row + 1], mask[:1])[0]
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+
+
+# -- what the program checks of itself -----------------------------------------------------------------------------
+
+
+def test_an_operation_that_does_not_reach_the_stream_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Used to happen elsewhere: a write in place was a silent no-op, and every text was the baseline's.
+    monkeypatch.setattr(Tensor, "index_copy_", lambda self, *args: self)
+    with pytest.raises(AssertionError, match=r"resid_post.1: what add computed did not reach the stream"):
+        apply([condition("c", [add(directions(1))])], stream(1, 3), torch.ones(1, 3))
+
+
+def test_an_operation_that_spills_over_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "index_copy_", lambda self, dim, rows, values: self.copy_(values[:1].expand_as(self)))
+    with pytest.raises(AssertionError, match=r"changed tokens of other rows"):
+        apply([condition("c", [add(directions(1))]), condition("baseline")], stream(2, 1), torch.ones(2, 1))
+
+
+def test_clamp_sets_the_projection_of_each_row_and_leaves_the_rest() -> None:
+    v, h = directions(1), stream(3, 4)
+    unit = v[0].double() / v[0].double().norm()
+    values = (5.0, -2.0, 0.0)
+    out = apply([condition(str(c), [Step("clamp", SITE, v, value=c)]) for c in values], h, torch.ones(3, 4))
+    for row, value in enumerate(values):
+        torch.testing.assert_close(out[row].double() @ unit, torch.full((4,), value).double(), rtol=0, atol=1e-4)
+    rest = h.double() - (h.double() @ unit)[..., None] * unit
+    torch.testing.assert_close(out.double() - (out.double() @ unit)[..., None] * unit, rest, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [({"from": 0, "to": 2}, [0, 1]), ({"from": -2}, [3, 4]), ({"from": 1, "to": -1}, [1, 2, 3]), ({"to": -4}, [0])],
+)
+def test_a_range_counts_from_the_start_or_the_end_of_the_prompt(tokens: dict[str, int], expected: list[int]) -> None:
+    h = stream(2, 7)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    steps = [add(directions(1), tokens=TokenRange.model_validate(tokens))]
+    out = apply([condition("c", steps), condition("baseline")], h, mask)
+    assert (out[0] != h[0]).any(-1).nonzero().flatten().tolist() == [2 + token for token in expected]
+    assert torch.equal(bits(out[1]), bits(h[1]))
+    decoded = apply([condition("c", steps)], h[:1, :1], mask[:1, -1:], decoding=True)
+    assert torch.equal(bits(decoded), bits(h[:1, :1]))
 
 
 # -- in models -----------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from jobs.context import Context
 from jobs.plan import plan_lines
 from store.conditions import source_layer
 from store.layers import resolve_layers
-from store.study import Add, Study
+from store.study import Study
 from store.study_checks import pairs
 from store.study_choices import settled, with_choices
 from store.study_expand import expand_conditions
 from store.study_file import load_study
+from store.study_interventions import Add
 from store.study_layers import check_layers
 
 STUDIES = Path(__file__).parent.parent / "studies"

@@ -18,10 +18,10 @@ from tiny_models import LAYERS, VOCAB, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from pipeline import scheduler
+from pipeline import lean_llama, scheduler
 from pipeline.capture import CaptureEngine
 from pipeline.chat import prompt_row
-from pipeline.lean_llama import why_not
+from pipeline.lean_llama import LeanLlama, why_not
 from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
@@ -33,8 +33,9 @@ from store.errors import ModelError, NonFiniteError
 from store.generation import GenerationPlan
 from store.prompts import Message, Prompt
 from store.rows import Row
-from store.sites import Site
+from store.sites import COMPONENTS, Site
 from store.study import Decoding
+from store.study_interventions import TokenRange
 
 # Batches of another shape round differently. Where greedy decoding takes another token than the reference, the
 # reference's logits of the two must be this close, relative to its largest absolute logit.
@@ -120,6 +121,100 @@ def test_a_mixed_batch_generates_what_transformers_generates_one_by_one(family: 
         assert (chosen == baseline) == (name == "baseline"), f"{name} changes nothing"
 
 
+EVERYWHERE = ("llama", "qwen2", "mistral", "gpt2", "qwen3_moe", "gemma3")
+
+
+def scoped_programs(components: Sequence[Any]) -> Programs:
+    """Every kind of operation at every site, several at one site, and every scope of tokens."""
+    v = 3.0 * torch.randn(4, 48, generator=torch.Generator().manual_seed(6))
+    programs: Programs = {"baseline": []}
+    for i, component in enumerate(components):
+        site = Site(component, i % LAYERS)
+        last = Site(component, LAYERS - 1)
+        first, end = TokenRange.model_validate({"from": 0, "to": 3}), TokenRange.model_validate({"from": -2})
+        programs[f"{component} add first"] = [Step("add", site, 2 * v[:1], first)]
+        programs[f"{component} clamp"] = [Step("clamp", last, v[1:2], value=9.0)]
+        programs[f"{component} clamp the response"] = [Step("clamp", site, v[1:2], "response", value=-9.0)]
+        programs[f"{component} project end"] = [Step("project_out", site, v[:2], end)]
+        programs[f"{component} in order"] = [
+            Step("add", site, v[2:3]),
+            Step("clamp", site, v[3:], TokenRange.model_validate({"from": 1, "to": -1}), value=4.0),
+            Step("project_out", site, v[:3]),
+            Step("add", site, v[:1], "prompt"),
+        ]
+    return programs
+
+
+@pytest.mark.parametrize("lean", [None, False])
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_every_operation_scope_and_site_in_one_batch_equals_one_by_one(family: str, lean: bool | None) -> None:
+    model, rows = tiny(family), random_rows([(5, 0), (9, 0)], seed=8)
+    if lean is None and why_not(model) is not None:
+        return  # the same as lean=False
+    # The slow reference knows no post-norms.
+    components = ("resid_pre", "resid_post") if family == "gemma3" else COMPONENTS
+    programs = scoped_programs(components)
+    jobs = jobs_of(rows, programs)
+    ties, outputs = 0, engine(model, 6, lean=lean, batch_rows=12).run(jobs)
+    for job, output in zip(jobs, outputs, strict=True):
+        reference = generate(model.model, job.row.token_ids, programs[job.condition.name], 6, sorted(STOP))
+        ties += near_ties(job, output, reference, STOP)
+    print(f"{family}: {ties} near ties in {len(jobs)}")
+    assert ties <= 1
+    baseline = texts(outputs[:: len(programs)])
+    differ = sum(texts(outputs[i :: len(programs)]) != baseline for i in range(1, len(programs)))
+    assert differ >= 0.5 * (len(programs) - 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_prefill_shared_between_conditions_changes_no_text_and_runs_fewer_tokens(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    jobs = jobs_of(random_rows(LENGTHS), {**tiny_programs(), **scoped_programs(COMPONENTS)})
+    tokens: dict[bool, list[int]] = {True: [0] * LAYERS, False: [0] * LAYERS}
+    found = {}
+    block = LeanLlama.block
+    for share in (True, False):
+
+        def counted(self: Any, layer: int, h: Tensor, *args: Any, share: bool = share) -> Tensor:
+            tokens[share][layer] += len(h)
+            return block(self, layer, h, *args)
+
+        monkeypatch.setattr(LeanLlama, "block", counted)
+        found[share] = texts(engine(model, share_prefill=share, batch_rows=len(jobs)).run(jobs))
+    assert found[True] == found[False]
+    saved = [b - a for a, b in zip(tokens[True], tokens[False], strict=True)]
+    assert saved == sorted(saved, reverse=True), "conditions part from block to block"
+    assert saved[0] > saved[-1] > 0
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_baseline_row_beside_strongly_steered_rows_keeps_its_bits(lean: bool) -> None:
+    model, rows, n = tiny("llama"), random_rows([(6, 0)] * 6), 6
+    strong = [Step("add", Site(c, layer), torch.full((1, 48), 1e3)) for c in COMPONENTS for layer in range(LAYERS)]
+    units = np.eye(3, 48, dtype=np.float32)
+    monitor = MonitorPlan(("a", "b", "c"), ("a", "b", "c"), {Site("resid_post", LAYERS - 1): units})
+    seen = []
+    for others in ([], strong):
+        jobs = [Job(row, condition(f"{i % 2}", others if i % 2 else [])) for i, row in enumerate(rows)]
+        # Without shared prefill both batches have the same shapes throughout.
+        chosen = engine(model, n, frozenset(), monitor=monitor, lean=lean, share_prefill=False, batch_rows=6)
+        seen.append(chosen.run(jobs))
+    for alone, beside in zip(seen[0][::2], seen[1][::2], strict=True):
+        assert alone.token_ids == beside.token_ids
+        assert np.stack(alone.monitored).tobytes() == np.stack(beside.monitored).tobytes()
+    assert texts(seen[0][1::2]) != texts(seen[1][1::2])
+
+
+def test_a_range_that_a_prompt_lacks_is_refused_before_anything_runs() -> None:
+    steps = [Step("add", post(0), torch.ones(1, 48), TokenRange.model_validate({"from": 0, "to": 6}))]
+    with pytest.raises(
+        ValueError, match=r"condition 'far': tokens from 0 to 6 are not in a prompt of 5 .* \(prompt p0"
+    ):
+        engine(tiny("llama")).run(jobs_of(random_rows(LENGTHS), {"far": steps}))
+
+
 def real_programs(model: LoadedModel, rows: Sequence[Row]) -> Programs:
     """Interventions with directions of real activations: the second half of the rows minus the first."""
     plan = GenerationPlan(
@@ -190,6 +285,57 @@ def test_a_mixed_batch_of_real_prompts_generates_what_each_generates_alone(smoll
     by_name = {name: outputs[i :: len(programs)] for i, name in enumerate(programs)}
     for name in ("add early", "add late", "window", "response"):
         assert texts(by_name[name]) != texts(by_name["baseline"]), f"{name} changes nothing"
+
+
+def test_real_texts_are_the_same_however_rows_run(smollm2: LoadedModel) -> None:
+    rows, n_tokens = real_rows(smollm2, 6), 20
+    programs = real_programs(smollm2, rows)
+    jobs = jobs_of(rows, programs)
+    ways: dict[str, dict[str, Any]] = {
+        "all at once": {"batch_rows": len(jobs)},
+        "leaving and entering": {"batch_rows": 9},
+        "nothing shared": {"share_prefill": False, "batch_rows": len(jobs)},
+        "no packed weights": {"pack": False, "batch_rows": 20},
+        "transformers' modules": {"lean": False, "batch_rows": 20},
+    }
+    found = {
+        name: ReplayEngine(smollm2, Decoding(max_new_tokens=n_tokens), **how).run(jobs) for name, how in ways.items()
+    }
+    stop = sorted(stop_token_ids(smollm2))
+    counts = dict.fromkeys(ways, 0)
+    for index, job in enumerate(jobs):
+        reference = found["transformers' modules"][index]
+        prompt = job.row.token_ids
+        for name in ways:
+            output = found[name][index]
+            if texts([output]) == texts([reference]):
+                continue
+            # They may part only at two tokens that are as good as equal in one unbatched pass over what they share.
+            pairs = zip([*output.token_ids, stop[0]], [*reference.token_ids, stop[0]], strict=False)
+            same = next(i for i, (a, b) in enumerate(pairs) if a != b)
+            steps = programs[job.condition.name]
+            shared = (*prompt, *reference.token_ids[:same])
+            logits, _ = teacher_forced(smollm2.model, shared, steps, len(prompt))
+            for token in [*output.token_ids, stop[0]][same], [*reference.token_ids, stop[0]][same]:
+                assert gap(logits[-1], token) < NEAR_TIE, f"{name}, {job.condition.name}, token {same}"
+            counts[name] += 1
+    total = sum(len(output.token_ids) for output in found["all at once"])
+    print(f"near ties among {len(jobs)} texts, {total} tokens: {counts}")
+    assert max(counts.values()) <= 1
+
+
+def test_a_packed_path_that_does_not_agree_with_the_model_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
+    chosen = engine(model)
+    assert chosen.path == "packed"
+    expected = texts(chosen.run(jobs))
+    monkeypatch.setattr(lean_llama, "_rotated", lambda x, cos, sin: x)
+    chosen = engine(model)
+    assert "did not agree" in chosen.path
+    assert texts(chosen.run(jobs)) == expected
+    with pytest.raises(ModelError, match="did not agree"):
+        engine(model, lean=True)
+    assert "Gemma2ForCausalLM is not one of" in engine(tiny("gemma2")).path
 
 
 def test_batch_size_and_order_do_not_change_texts() -> None:
@@ -324,6 +470,25 @@ def test_stop_tokens_are_those_of_the_generation_config_and_of_the_tokenizer() -
         assert stop_token_ids(dataclasses.replace(model, model=changed)) == expected
 
 
+def test_a_text_ends_in_front_of_its_first_stop_string() -> None:
+    model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
+    free = engine(model, 10, frozenset())
+    whole = free.run(jobs)
+    plain = [free.text(output) for output in whole]
+    assert plain == [free.decode(output.token_ids) for output in whole]
+    stops = list(dict.fromkeys([plain[0][3:5], plain[4][5], plain[-1][1]]))
+    chosen = engine(model, stop=frozenset(), decoding=Decoding(max_new_tokens=10, stop=stops))
+    cut = chosen.run(jobs)
+    for text, before, after in zip(plain, whole, cut, strict=True):
+        ends = [text.index(stop) for stop in stops if stop in text]
+        assert chosen.text(after) == (text[: min(ends)] if ends else text)
+        assert after.finish_reason == ("stop" if ends else "length")
+        assert before.token_ids[: len(after.token_ids)] == after.token_ids
+        assert not ends or len(chosen.decode(after.token_ids[:-1])) < min(ends) + 2
+    assert {output.finish_reason for output in cut} == {"stop", "length"} or all(o.ended_by for o in cut)
+    assert {output.ended_by for output in cut} >= set(stops[:1])
+
+
 def test_only_the_prompt_of_a_row_with_a_given_response_is_replayed() -> None:
     model, (row,) = tiny("llama"), random_rows([(6, 4)])
     bare = Row(row.model, row.prompt_id, row.token_ids[:6], dataclasses.replace(row.spans, response_end=6))
@@ -451,7 +616,7 @@ def test_sampled_tokens_are_those_of_the_logits_of_an_unbatched_pass() -> None:
 # -- what is recorded while generating -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=8), SAMPLED])
 def test_monitored_projections_equal_a_recomputation_on_the_final_text(family: str, decoding: Decoding) -> None:
     model, rows, programs = tiny(family), random_rows(LENGTHS), tiny_programs()
@@ -494,6 +659,25 @@ def test_out_of_memory_halves_the_rows_that_are_decoded_together(monkeypatch: py
     assert chosen.batch_rows == 3
     assert {rows for rows, held in tried if rows * held > 80} >= {28, 14, 7}
     assert any(rows * held > 80 and held > 9 for rows, held in tried), "in the middle of decoding"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: no memory")])
+def test_the_packed_path_halves_its_rows_too(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
+    expected = texts(engine(model, batch_rows=28, lean=True).run(jobs))
+    block, tried = LeanLlama.block, list[int]()
+
+    def limited(self: Any, layer: int, h: Tensor, *args: Any) -> Tensor:
+        tried.append(len(h))
+        if len(h) > 30:
+            raise error
+        return block(self, layer, h, *args)
+
+    monkeypatch.setattr(LeanLlama, "block", limited)
+    chosen = engine(model, batch_rows=28, lean=True)
+    assert texts(chosen.run(jobs)) == expected
+    assert chosen.batch_rows < 14
+    assert max(tried) > 30
 
 
 def test_a_single_row_that_does_not_fit_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,6 +386,54 @@ FAULTS = {
         "cannot both add and project_out",
         "two interventions",
     ),
+    "clamp and project_out": (
+        "- project_out: refusal",
+        "- project_out: refusal\n          clamp: persona",
+        39,
+        f"{KO}[1]",
+        "cannot both project_out and clamp",
+        "two interventions",
+    ),
+    "clamp without projection": (
+        "- project_out: refusal",
+        "- clamp: refusal",
+        39,
+        f"{KO}[1].projection",
+        "'projection' is missing",
+        "add it",
+    ),
+    "unknown direction of a clamp": (
+        "- project_out: refusal",
+        "- clamp: refusl\n          projection: 1",
+        39,
+        f"{KO}[1].clamp",
+        "no direction is named",
+        "did you mean 'refusal'?",
+    ),
+    "unknown tokens": (
+        "- project_out: refusal",
+        "- project_out: refusal\n          tokens: prompts",
+        40,
+        f"{KO}[1].tokens",
+        "unknown tokens 'prompts'",
+        "did you mean 'prompt'?",
+    ),
+    "empty range of tokens": (
+        "- project_out: refusal",
+        "- project_out: refusal\n          tokens: {from: 3, to: 3}",
+        40,
+        f"{KO}[1].tokens",
+        "no token lies from 3 up to 3",
+        "left out",
+    ),
+    "unknown key of a range": (
+        "- project_out: refusal",
+        "- project_out: refusal\n          tokens: {from: 3, until: 4}",
+        40,
+        f"{KO}[1].tokens.until",
+        "until",
+        "",
+    ),
     "neither": ("- project_out: refusal", "- projct_out: refusal", 39, f"{KO}[1]", "needs the key", "'project_out'?"),
     "no mapping": ("- project_out: refusal\n          layers: [1, 2]", "- persona", 39, f"{KO}[1]", "is a mapping", ""),
     "missing layers": ("layers: [3], ", "", 38, f"{KO}[0].layers", "'layers' is missing", "add it"),
@@ -625,7 +673,7 @@ def records(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def test_the_demo_study_mentions_every_key() -> None:
     text = DEMO.read_text(encoding="utf-8")
     models = [Study, ModelRef, RaySettings]
-    modules = ("store.study", "store.study_select", "store.layers")
+    modules = ("store.study", "store.study_select", "store.study_interventions", "store.layers")
     models += [record for record in records(BaseModel) if record.__module__ in modules]
     missing = {
         f"{model.__name__}.{key}"
