@@ -8,7 +8,7 @@ DEMO := studies/demo.yaml
 
 PAPER := studies/persona_gates_refusal.yaml
 
-.PHONY: demo reproduction test lint organism benchmark benchmark-store clean
+.PHONY: demo reproduction test lint organism benchmark benchmark-peers benchmark-store clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -40,6 +40,19 @@ benchmark: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/replay.py
 
+# Published tools beside capture, in an environment of their own: some 2 GB of disk, and they never meet the project's.
+# steering-vectors asks for transformers 4 and repeng for numpy 1; what is used of them runs with these versions.
+PEERS := .venv-peers/bin/python
+benchmark-peers: $(VENV)/.installed-test .venv-peers/.installed
+	$(BIN)/python benchmarks/capture.py --peers $(PEERS)
+
+.venv-peers/.installed:
+	@test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	@$(PEERS) -m pip install --disable-pip-version-check -q torch==2.13.0 transformers==5.23.0 nnsight==0.8.1 \
+	    transformer-lens==4.3.0 scikit-learn==1.9.1 gguf==0.19.0
+	@$(PEERS) -m pip install --disable-pip-version-check -q --no-deps steering-vectors==0.12.2 repeng==0.4.0
+	@touch $@
+
 # Some ten minutes, and 30 GB of disk.
 benchmark-store: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/store.py
@@ -59,4 +72,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) resid.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers resid.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

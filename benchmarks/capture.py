@@ -1,81 +1,234 @@
-"""Rows per second: resid_post of every layer at the last prompt token, beside two plain transformers loops.
+"""Rows per second of a capture at resid_post of every layer, beside plain transformers loops and published tools.
 
-    python benchmarks/capture.py
+    python benchmarks/capture.py                       # the last prompt token; three system prompts in turn
+    python benchmarks/capture.py --rows template       # no system prompt: rows share the chat template's start only
+    python benchmarks/capture.py --rows responses      # four responses per prompt; their mean as well
+    python benchmarks/capture.py --peers .venv-peers/bin/python      # see `make benchmark-peers`
 
-Both loops ask transformers for all hidden states and keep one token; the batched one pads on the left and reads the
-last column, which is right for every row. The last layer is left out of the comparison: there, hidden_states is after
-the final norm.
+The plain loops ask transformers for all hidden states and keep what is wanted; the batched one pads on the left and is
+right for every row. The last layer is left out of the comparison: there, hidden_states is after the final norm. "bare
+forward" runs all tokens of all rows through the base model in batches of equal length, without padding, and keeps
+nothing: what a capture costs at least if nothing is shared. All methods take turns on one core; the table has medians.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, parser, prepare, report
+import transformers
+from common import parser, prepare
 from torch import Tensor
 
 from pipeline.batching import pad
 from pipeline.capture import BATCH_BOUND, CaptureEngine
-from pipeline.models import LoadedModel
+from pipeline.chat import prompt_row
+from pipeline.models import LoadedModel, _folder
 from store.generation import GenerationPlan
+from store.prompts import Message, Prompt
 from store.rows import Row
 
 BATCH = 8
+ANSWERS = (
+    "No.",
+    "Yes, of course. Tell me a little more about what you have in mind, and I will do my best.",
+    "That depends on where you live and on what you want to do with it.",
+    "I would rather not say. There are better people to ask, and they will be able to tell you what it takes, what it "
+    "costs and what may go wrong on the way.",
+)
+PEERS = ("steering-vectors", "nnsight", "transformer-lens", "repeng")
+
+
+def rows_of(kind: str, model: LoadedModel, rows: list[Row], prompts: int) -> tuple[list[Row], tuple[str, ...]]:
+    """Return rows and the positions to capture."""
+    if kind == "systems":
+        return rows, ("prompt_end",)
+    texts = []
+    for name in ("harmful", "harmless"):
+        lines = (Path(__file__).parent.parent / "prompts" / f"{name}.jsonl").read_text().splitlines()
+        texts += [json.loads(line)["prompt"] for line in lines[: (prompts + 1) // 2]]
+
+    def row(text: str, answer: str | None) -> Row:
+        prompt = Prompt((Message("user", text),), answer)
+        found: Row = prompt_row(prompt, model.tokenizer, model.ref, model.fingerprint, with_response=answer is not None)
+        return found
+
+    if kind == "template":
+        return [row(text, None) for text in texts[:prompts]], ("prompt_end",)
+    return [row(text, answer) for text in texts[: prompts // 4] for answer in ANSWERS], ("prompt_end", "response_avg")
 
 
 @torch.inference_mode()
-def plain(model: LoadedModel, rows: list[Row], batch: int) -> Tensor:
-    """Return hidden_states[1:] at each row's last token, [row, layer, d_model]."""
+def plain(model: LoadedModel, rows: list[Row], positions: tuple[str, ...], batch: int) -> Tensor:
+    """Return hidden_states[1:] at the positions, [row, layer, position, d_model]."""
     found = []
     for start in range(0, len(rows), batch):
-        ids = [row.token_ids for row in rows[start : start + batch]]
-        padded = pad(ids, side="left", pad_id=model.tokenizer.pad_token_id, device=model.device)
+        some = rows[start : start + batch]
+        padded = pad(
+            [row.token_ids[: row.spans.response_end] for row in some],
+            side="left",
+            pad_id=model.tokenizer.pad_token_id,
+            device=model.device,
+        )
         states = model.model(
             input_ids=padded.input_ids,
             attention_mask=padded.attention_mask,
             position_ids=padded.position_ids,
             output_hidden_states=True,
         ).hidden_states
-        found.append(torch.stack([state[:, -1] for state in states[1:]], dim=1))
-    return torch.cat(found)
+        for index, row in enumerate(some):
+            ranges = [row.spans.token_range(position) for position in positions]
+            first = padded.starts[index]
+            layers = [
+                torch.stack([state[index, first + a : first + b].mean(0) for a, b in ranges]) for state in states[1:]
+            ]
+            found.append(torch.stack(layers))
+    return torch.stack(found)
+
+
+@torch.inference_mode()
+def bare(model: LoadedModel, rows: list[Row], budget: int) -> None:
+    """Run every token of every row through the base model: equal lengths together, no padding, nothing kept."""
+    sequences = sorted((row.token_ids[: row.spans.response_end] for row in rows), key=len)
+    for length, group in groupby(sequences, key=len):
+        same = list(group)
+        step = max(1, budget // length)
+        for start in range(0, len(same), step):
+            model.architecture.base(input_ids=torch.tensor(same[start : start + step]), use_cache=False)
+
+
+class Peer:
+    """A published tool in a process of its own, run by another Python."""
+
+    def __init__(self, python: str, name: str, model: LoadedModel, rows: list[Row], threads: int, stack: ExitStack):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ids = [row.token_ids[: row.spans.response_end] for row in rows]
+        texts = [model.tokenizer.decode(tokens) for tokens in ids]
+        (folder / "rows.json").write_text(json.dumps({"ids": ids, "texts": texts}))
+        self._answer = folder / "answer.npy"
+        script = Path(__file__).parent / "capture_peers.py"
+        arguments = [python, str(script), name, str(_folder(model.ref, weights=True)), str(folder), str(threads)]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self._process = stack.enter_context(
+            subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+        stack.callback(self._process.kill)
+        self.version = self._line()  # it has loaded its model
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("@ "):
+                return line[2:].strip()
+        raise RuntimeError("the peer ended")
+
+    def __call__(self) -> Tensor:
+        import numpy as np
+
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        self._line()
+        return torch.from_numpy(np.load(self._answer))  # [row, layer, d_model]
 
 
 def main() -> None:
-    args = parser(__doc__, prompts=64, repeats=5).parse_args()
+    options = parser(__doc__, prompts=64, repeats=5)
+    options.add_argument("--rows", choices=("systems", "template", "responses"), default="systems")
+    options.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process, no peers")
+    options.add_argument("--budget", type=int, help="padded tokens of a pass (default: searched for)")
+    options.add_argument("--peers", help="the Python that has the published tools")
+    options.add_argument("--core", type=int, help="pin to this core")
+    args = options.parse_args()
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})
     model, rows = prepare(args)
+    rows, positions = rows_of(args.rows, model, rows, args.prompts)
     plan = GenerationPlan(
         model=model.fingerprint,
         d_model=model.architecture.d_model,
         components=("resid_post",),
         layers=tuple(range(model.architecture.n_layers)),
-        positions=("prompt_end",),
+        positions=positions,
         dtype="float32",
         n_rows=len(rows),
         block_rows=len(rows),
     )
-
-    def engine(chosen: list[Row]) -> Tensor:
-        return torch.from_numpy(CaptureEngine(model).run(chosen, plan)["resid_post"][:, :, 0])
-
-    run: dict[str, Any] = {
-        "one by one": lambda chosen: plain(model, chosen, 1),
-        f"batch {BATCH}": lambda chosen: plain(model, chosen, BATCH),
-        "CaptureEngine": engine,
+    methods: dict[str, Callable[[], Any]] = {
+        "one by one": lambda: plain(model, rows, positions, 1),
+        f"batch {BATCH}": lambda: plain(model, rows, positions, BATCH),
     }
-    for method in run.values():
-        method(rows[:BATCH])
-    methods: dict[str, Any] = {name: lambda m=method: (len(rows), m(rows)) for name, method in run.items()}
-    timed = alternate(methods, args.repeats)
-    reference = timed["one by one"].result[:, :-1]
-    size = reference.abs().amax(-1)
-    worst = {name: float(((t.result[:, :-1] - reference).abs().amax(-1) / size).max()) for name, t in timed.items()}
-    lengths = sorted(len(row.token_ids) for row in rows)
-    print(f"{len(rows)} prompts of {lengths[0]} to {lengths[-1]} tokens, {model.architecture.n_layers} layers")
-    agreement = {name: f"max deviation {value:.1e}" for name, value in worst.items()}
-    report(timed, "rows", agreement, args.repeats)
-    if max(worst.values()) > BATCH_BOUND:
-        raise SystemExit(f"the outputs disagree: {worst}; the bound is {BATCH_BOUND}")
+    for name, packed in (("modules", False), ("packed", True)):
+        engine = CaptureEngine(model, args.budget, packed=packed)
+        for _ in range(9):
+            engine.run(rows, plan)
+            if not engine.budget.searching:
+                break
+        tokens = engine.budget.tokens
+        print(f"{name}: {tokens} tokens a pass")
+        alone = CaptureEngine(model, tokens, share_prefixes=False, packed=packed)
+        engine = CaptureEngine(model, tokens, packed=packed)
+        methods[f"{name}, nothing shared"] = lambda e=alone: torch.from_numpy(e.run(rows, plan)["resid_post"])
+        methods[name] = lambda e=engine: torch.from_numpy(e.run(rows, plan)["resid_post"])
+        if not packed:
+            methods["bare forward"] = lambda b=tokens: bare(model, rows, b)
+    with ExitStack() as stack:
+        if args.peers and args.clock == "wall" and positions == ("prompt_end",):
+            for peer in PEERS:
+                running = Peer(args.peers, peer, model, rows, args.threads, stack)
+                methods[f"{peer} {running.version}"] = running
+        clock = time.perf_counter if args.clock == "wall" else time.process_time
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        results: dict[str, Any] = {}
+        for repeat in range(args.repeats + 1):
+            for name, method in methods.items():
+                started = clock()
+                results[name] = method()
+                if repeat:  # the first round warms up
+                    seconds[name].append(clock() - started)
+    table(args, rows, seconds, results)
+
+
+def table(args: Any, rows: list[Row], seconds: dict[str, list[float]], results: dict[str, Any]) -> None:
+    """Print rates, ratios and deviations; fail if an output of this project is off."""
+    median = {name: statistics.median(found) for name, found in seconds.items()}
+    reference = results["one by one"][:, :-1]
+    against = ("one by one", f"batch {BATCH}", "bare forward")
+    lengths = sorted(row.spans.response_end for row in rows)
+    print(f"\n{len(rows)} rows of {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all ({args.rows})\n")
+    print(f"| method | rows/s | {' | '.join(f'x {name}' for name in against)} | largest deviation |")
+    print("| --- " * (len(against) + 3) + "|")
+    worst: dict[str, float] = {}
+    for name, taken in median.items():
+        ratios = " | ".join(f"{median[other] / taken:.2f}" for other in against)
+        found = results[name]
+        if found is not None:
+            if found.ndim == 3:
+                found = found[:, :, None]
+            difference = (found[:, : reference.shape[1]] - reference).abs().amax(-1) / reference.abs().amax(-1)
+            worst[name] = float(difference.max())
+        print(f"| {name} | {len(rows) / taken:.1f} | {ratios} | {f'{worst[name]:.1e}' if name in worst else ''} |")
+    print(
+        f"\nmedian of {args.repeats} in turn, {args.clock} time, {torch.get_num_threads()} thread(s) of "
+        f"{os.cpu_count()} CPUs ({platform.machine()}), load {os.getloadavg()[0]:.1f}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    off = {
+        name: value for name, value in worst.items() if name.startswith(("modules", "packed")) and value > BATCH_BOUND
+    }
+    if off:
+        raise SystemExit(f"the outputs disagree: {off}; the bound is {BATCH_BOUND}")
 
 
 if __name__ == "__main__":
