@@ -299,14 +299,6 @@ InterventionSpec = Annotated[
 ]
 
 
-class ConditionSpec(Strict):
-    """A named list of interventions, applied in order; none is the baseline."""
-
-    interventions: list[InterventionSpec] = []
-    control_of: str | None = None
-    prompts: Names | None = Field(default=None, description="replay these instead of replay.prompts")
-
-
 class Decoding(Strict):
     """How text is generated. Greedy unless `temperature` is above 0."""
 
@@ -324,6 +316,16 @@ class Decoding(Strict):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+class ConditionSpec(Strict):
+    """A named list of interventions, applied in order; none is the baseline."""
+
+    interventions: list[InterventionSpec] = []
+    control_of: str | None = None
+    prompts: Names | None = Field(default=None, description="replay these instead of replay.prompts")
+    decoding: Decoding | None = Field(default=None, description="instead of replay.decoding")
+    seeds: list[int] | None = Field(default=None, min_length=1, description="instead of replay.seeds")
 
 
 class Monitor(Strict):
