@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jobs.judging import StudyJudge, judges_of_trait, study_judges, trait_of
-from store.conditions import interventions_text
+from store.conditions import decoding_of, interventions_text, seeds_of
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical_json
 from store.prompts import PromptSet
@@ -84,13 +84,15 @@ class Answers:
         except MissingDataError:  # nothing was done with this model yet
             return {}
         sets = [trait_set_name(trait, "model", side) for trait in study.traits for side in SIDES]
-        asked = {(one.name, interventions_text(one.spec)) for one in expand_conditions(study.replay)}
+        asked = {
+            (one.name, interventions_text(one.spec), canonical_json(decoding_of(study.replay, one.spec)))
+            for one in expand_conditions(study.replay)
+        }
         parameters = {"study": study.name, "model": model, "sets": sets}
         connection = connect(context.results.location)
         try:
             current = connection.execute(
-                "SELECT condition, interventions FROM conditions WHERE study = $study AND decoding = $decoding",
-                {"study": study.name, "decoding": canonical_json(study.replay.decoding)},
+                "SELECT condition, interventions, decoding FROM conditions WHERE study = $study", {"study": study.name}
             ).fetchall()
             rows = connection.execute(
                 "SELECT condition, prompt_set, prompt_id, seed, generation_key, text FROM generations "
@@ -99,7 +101,7 @@ class Answers:
             ).fetchall()
         finally:
             connection.close()
-        valid = {name for name, interventions in current if (name, interventions) in asked}
+        valid = {record[0] for record in current if record in asked}
         found: dict[tuple[str, str], dict[tuple[str, int], tuple[str, str]]] = {}
         for condition, name, prompt_id, seed, key, text in rows:
             if condition in valid:
@@ -131,13 +133,15 @@ class Answers:
         name = trait_set_name(trait, "model", side)
         texts = self._texts.get((condition, name), {})
         prompts = context.fixed_sets[name].prompts
+        spec = next(one.spec for one in expand_conditions(context.study.replay) if one.name == condition)
+        seeds = seeds_of(context.study.replay, spec)
         answers = [
             Answer(prompt, seed, *texts[(prompt.id, seed)])
             for prompt in prompts
-            for seed in context.study.replay.seeds
+            for seed in seeds
             if (prompt.id, seed) in texts
         ]
-        left = len(prompts) * len(context.study.replay.seeds) - len(answers)
+        left = len(prompts) * len(seeds) - len(answers)
         if left:
             raise MissingDataError(
                 f"{left} answers of {condition!r} to {name!r} are not generated yet\n  {context.remedy('replay')}"
@@ -223,8 +227,8 @@ class Answers:
             "; ".join(problems),
             file=where(self.context.study.file, key),
             key=key,
-            remedy=f"change {key}.trait_threshold or coherence_threshold, sample more seeds (replay.seeds), or use "
-            "another judge; if the model does not take the persona on, there is no direction of it to find",
+            remedy=f"change {key}.trait_threshold or coherence_threshold, sample more seeds, or use another "
+            "judge; if the model does not take the persona on, there is no direction of it to find",
         )
 
     def user_sets(self) -> tuple[dict[str, PromptSet], dict[str, str]]:

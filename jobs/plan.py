@@ -12,6 +12,7 @@ from jobs.judging import StudyJudge, study_judges
 from jobs.replay import ReplayPlan
 from jobs.score import unscored
 from jobs.stage import study_from
+from store.conditions import decoding_of, seeds_of
 from store.errors import MissingDataError
 from store.study_expand import expand_conditions
 from store.study_traits import parse_trait_set
@@ -100,18 +101,20 @@ def _replay(context: Context, inputs: CaptureInputs) -> list[str]:
         return ["replay: nothing is asked for"]
     plan = ReplayPlan(context, inputs)
     groups, found = plan.blocks()
-    todo = sum(len(block.items) for _, blocks in groups for block in blocks)
+    todo = sum(len(block.items) for _, _, blocks in groups for block in blocks)
     total = 0
     lines = []
     for item in expand_conditions(replay):
         prompts = {prompt.id for _, prompt in context.prompts_of(item.spec.prompts or replay.prompts)}
-        total += len(prompts) * len(replay.seeds)
-        lines.append(f"  condition {item.name}: {len(prompts)} prompts x {len(replay.seeds)} seed(s)")
+        seeds = len(seeds_of(replay, item.spec))
+        total += len(prompts) * seeds
+        lines.append(f"  condition {item.name}: {len(prompts)} prompts x {seeds} seed(s)")
     later = total - todo - found
     head = f"replay: {todo} generations to make now, {found} found"
     if later > 0:
         head += f", {later} once what they use is computed or chosen"
-    lines.insert(0, f"{head}; at most {replay.decoding.max_new_tokens} tokens each")
+    most = max(decoding_of(replay, spec).max_new_tokens for spec in replay.conditions.values())
+    lines.insert(0, f"{head}; at most {most} tokens each")
     for choice in plan.chooser.made.values():
         values = ", ".join(f"${key} = {value}" for key, value in choice.values.items())
         lines.append(f"  choice {choice.name} ({choice.status}): {values}")
@@ -131,7 +134,7 @@ def _later_scores(plan: ReplayPlan, judge: StudyJudge) -> int:
 
     context, replay = plan.context, plan.replay
     every = sum(
-        len(context.prompts_of([name])) * len(replay.seeds)
+        len(context.prompts_of([name])) * len(seeds_of(replay, item.spec))
         for item in expand_conditions(replay)
         for name in item.spec.prompts or replay.prompts
         if sees(name)

@@ -18,15 +18,18 @@ from store.conditions import (
     MonitorPlan,
     check_token_ranges,
     decoding_key,
+    decoding_of,
     generation_key,
     interventions_text,
     resolve_conditions,
     resolve_monitor,
+    seeds_of,
 )
 from store.directions import Direction
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical_json
 from store.rows import Row
+from store.study import Decoding
 from store.study_choices import with_choices
 from store.yaml_file import where
 
@@ -96,7 +99,7 @@ class ReplayPlan:
         return {entry.responses for entry in study.capture} | {trait.answers for trait in study.traits.values()}
 
     def decoding_key(self, condition: Condition) -> str:
-        return decoding_key(self.replay.decoding, self.monitor_of(condition))
+        return decoding_key(decoding_of(self.replay, condition.spec), self.monitor_of(condition))
 
     @cached_property
     def wanted(self) -> list[Wanted]:
@@ -119,7 +122,7 @@ class ReplayPlan:
         for name, prompt in self.context.prompts_of(condition.prompts):
             row = self.inputs.prompt_row(prompt.id, with_response=False)
             self._check_ranges(condition, row)
-            for seed in self.replay.seeds:
+            for seed in seeds_of(self.replay, condition.spec):
                 key = generation_key(row.model, row.key, condition.key, how, seed)
                 yield Wanted(name, prompt.id, row, condition, seed, key)
 
@@ -147,7 +150,7 @@ class ReplayPlan:
                 "interventions": interventions_text(condition.spec),
                 "coefficient": condition.coefficient,
                 "decoding_key": self.decoding_key(condition),
-                "decoding": canonical_json(self.replay.decoding),
+                "decoding": canonical_json(decoding_of(self.replay, condition.spec)),
             }
             for condition in self.conditions
         ]
@@ -176,28 +179,32 @@ class ReplayPlan:
         table = self.context.results.read("generations", columns=["generation_key"])
         return set(table.column("generation_key").to_pylist())
 
-    def blocks(self) -> tuple[list[tuple[MonitorPlan | None, list[ReplayBlock]]], int]:
-        """Return the blocks of texts that are not committed yet, by what is monitored, and how many texts are there."""
+    def blocks(self) -> tuple[list[tuple[MonitorPlan | None, Decoding, list[ReplayBlock]]], int]:
+        """Return the blocks of texts that are not committed yet, by what is monitored and how they are decoded, and how
+        many texts are there."""
         from pipeline.workers import ReplayBlock, ReplayItem
 
         done = self.done
         todo: dict[str, ReplayItem] = {}
-        plain: set[str] = set()
+        kinds: dict[tuple[bool, Decoding], set[str]] = {}
         asked = set()
         for item in self.wanted:
             asked.add(item.key)
             if item.key not in done:
                 todo[item.key] = ReplayItem(item.row, item.condition.key, item.seed, item.key)
-                if self.monitor_of(item.condition) is None:
-                    plain.add(item.key)
+                kind = (self.monitor_of(item.condition) is not None, decoding_of(self.replay, item.condition.spec))
+                kinds.setdefault(kind, set()).add(item.key)
         groups = []
-        for monitor, keys in ((None, plain), (self.monitor, set(todo) - plain)):
+        for (monitored, decoding), keys in sorted(kinds.items(), key=lambda kind: kind[0][0]):
+            monitor = self.monitor if monitored else None
             # Conditions of a prompt stay together: they share its prefill shape, and a block holds comparable rows.
             chosen = sorted((todo[key] for key in keys), key=lambda i: (len(i.row.token_ids), i.row.key, i.key))
             size = self.replay.block_rows
             cut = [tuple(chosen[start : start + size]) for start in range(0, len(chosen), size)]
             if cut:
-                groups.append((monitor, [ReplayBlock(block_id(i.key for i in items), items) for items in cut]))
+                groups.append(
+                    (monitor, decoding, [ReplayBlock(block_id(i.key for i in items), items) for items in cut])
+                )
         return groups, len(asked) - len(todo)
 
 
@@ -239,17 +246,17 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     report.waiting = [*plan.waiting, *plan.chooser.waiting.values()]
     from pipeline.workers import ReplayWorker
 
-    for monitor, blocks in groups:
+    for monitor, decoding, blocks in groups:
         kwargs = {
             "results": str(context.results.location),
             "ref": context.study.model,
             "fingerprint": context.identity.fingerprint,
             "conditions": {condition.key: condition for condition in plan.conditions},
-            "decoding": plan.replay.decoding,
+            "decoding": decoding,
             "monitor": monitor,
             "batch_rows": plan.replay.batch_rows,
             "study": context.study.name,
-            "decoding_key": decoding_key(plan.replay.decoding, monitor),
+            "decoding_key": decoding_key(decoding, monitor),
             "provenance": {"study": context.study.name, "versions": versions()},
         }
         total = sum(len(block.items) for block in blocks)

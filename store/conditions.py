@@ -71,6 +71,18 @@ def directions_used(spec: ConditionSpec) -> set[str]:
     return used
 
 
+def decoding_of(replay: Replay, spec: ConditionSpec) -> Decoding:
+    """Return how a condition's texts are generated."""
+    return replay.decoding if spec.decoding is None else spec.decoding
+
+
+def seeds_of(replay: Replay, spec: ConditionSpec) -> list[int]:
+    """Return the seeds of a condition's texts; one where it decodes greedily and only others sample."""
+    if spec.seeds is not None:
+        return spec.seeds
+    return replay.seeds[:1] if decoding_of(replay, spec).greedy else replay.seeds
+
+
 def interventions_text(spec: ConditionSpec) -> str:
     """Spell a condition's interventions as the table `conditions` keeps them."""
     # Not canonical JSON, which spells the fraction 1.0 like the layer 1.

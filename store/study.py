@@ -143,15 +143,6 @@ class Geometry(Strict):
     projections: list[ProjectionsSpec] = []
 
 
-class ConditionSpec(Strict):
-    """A list of interventions, in order; none is the baseline. `each`: one per combination of values of `$name`."""
-
-    interventions: list[InterventionSpec] = []
-    control_of: str | None = None
-    each: dict[Name, Annotated[list[Value], Field(min_length=1)]] = {}
-    prompts: Names | None = Field(default=None, description="replay these instead of replay.prompts")
-
-
 class Decoding(Strict):
     """How text is generated. Greedy unless `temperature` is above 0."""
 
@@ -177,6 +168,17 @@ class Decoding(Strict):
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+class ConditionSpec(Strict):
+    """A list of interventions, in order; none is the baseline. `each`: one per combination of values of `$name`."""
+
+    interventions: list[InterventionSpec] = []
+    control_of: str | None = None
+    each: dict[Name, Annotated[list[Value], Field(min_length=1)]] = {}
+    prompts: Names | None = Field(default=None, description="replay these instead of replay.prompts")
+    decoding: Decoding | None = Field(default=None, description="instead of replay.decoding")
+    seeds: list[int] | None = Field(default=None, min_length=1, description="instead of replay.seeds")
 
 
 class Monitor(Strict):

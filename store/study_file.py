@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from store.conditions import directions_used
+from store.conditions import decoding_of, directions_used
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
 from store.study import CaptureEntry, DifferenceOfMeans, RandomMatched, Study
@@ -224,6 +224,12 @@ class _Checker(Complaints):
             name, condition = item.base, item.spec
             path: KeyPath = ("replay", "conditions", name)
             self.prompts(condition.prompts or [], (*path, "prompts"))
+            seeds = condition.seeds or []
+            if len(set(seeds)) < len(seeds):
+                self.fail("a seed is named twice", (*path, "seeds"), "name each one once")
+            if len(seeds) > 1 and decoding_of(replay, condition).greedy:
+                problem = "greedy decoding gives the same text for every seed"
+                self.fail(problem, (*path, "seeds"), "set the condition's decoding.temperature above 0, or keep one")
             if condition.control_of is not None:
                 known = [*replay.conditions, *self.conditions]
                 self.known("condition", condition.control_of, known, (*path, "control_of"))

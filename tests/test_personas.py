@@ -108,6 +108,28 @@ def resid(capsys: pytest.CaptureFixture[str]) -> Resid:
     return run
 
 
+def test_answers_are_sampled_beside_greedy_conditions(project: Project, resid: Resid) -> None:
+    def change(study: dict[str, Any]) -> None:
+        replay = study["replay"]
+        sampled = replay.pop("decoding")
+        replay.update(decoding={"max_new_tokens": 5}, seeds=[7])
+        replay["conditions"]["answers"].update(decoding=sampled, seeds=[0, 1, 2])
+
+    project.write(change)
+    code, out, err = resid("plan", "--study", project.file)
+    assert "condition answers: 12 prompts x 3 seed(s)" in out, err
+    assert "condition steered: 12 prompts x 1 seed(s)" in out
+    code, _, err = resid("run", "--study", project.file)
+    assert code == 0, err
+    found = project.ask("SELECT condition, seed, max(n_tokens) AS n FROM generations GROUP BY ALL ORDER BY ALL")
+    assert [(row["condition"], row["seed"]) for row in found] == [("answers", s) for s in (0, 1, 2)] + [("steered", 7)]
+    assert found[-1]["n"] == 5
+    assert max(row["n"] for row in found[:3]) > 5
+    ways = project.ask("SELECT condition, decoding FROM conditions ORDER BY condition")
+    assert [json.loads(way["decoding"])["temperature"] for way in ways] == [1.0, 0.0]
+    assert "score: 0 scores to make" in resid("plan", "--study", project.file)[1]
+
+
 def reference(project: Project, model: Any, tokenizer: Any, least: float, coherent: float) -> dict[str, Any]:
     """Recompute every persona direction the slow way: name -> [layer, d_model]; and how many rows each side has."""
     study = yaml.safe_load(project.file.read_text())
@@ -382,6 +404,11 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         set_at("judges", "refusal_phrases")({"prompts": ["t.positiv"]}),
         "judges.refusal_phrases.prompts",
         "did you mean 't.positive'",
+    ),
+    "two seeds of a greedy condition": (
+        set_at("replay", "conditions", "steered")({"decoding": {"max_new_tokens": 3}, "seeds": [0, 1]}),
+        "replay.conditions.steered.seeds",
+        "greedy decoding gives the same text",
     ),
     "a trait without a rule": (set_at("judges", "trait")({}), "judges.trait", "no rule tells the trait 'vowels'"),
 }
