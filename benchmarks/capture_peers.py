@@ -91,6 +91,7 @@ def transformer_lens(model: Any, tokenizer: Any, rows: dict[str, Any]) -> Any:
 
 
 def repeng(model: Any, tokenizer: Any, rows: dict[str, Any]) -> Any:
+    np.float_ = np.float64  # type: ignore[attr-defined]  # gone from numpy 2, and a default value in repeng 0.4.0
     from repeng.extract import batched_get_hiddens
 
     tokenizer.padding_side = "left"
