@@ -148,7 +148,7 @@ def matched_direction(
             high = middle
     weights = weighted(high)
     length = np.linalg.norm(outside)
-    found = weights[:-1] @ axes + (weights[-1] / length * outside if length else 0.0)
+    found: npt.NDArray[np.float64] = weights[:-1] @ axes + (weights[-1] / length * outside if length else 0.0)
     found -= (found @ unit) * unit
     found /= np.linalg.norm(found)
     reached = float(np.mean((h @ found) ** 2))
