@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import operator
-import shlex
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -72,9 +71,7 @@ class ActivationStore:
         """
         store = ModelStore(self.location / short(fingerprint))
         if not (store.location / "model.json").exists():
-            raise MissingDataError(
-                f"{self.location} holds nothing of model {short(fingerprint)}\n  remedy: resid capture --study <study>"
-            )
+            raise MissingDataError(f"{self.location} holds nothing of model {short(fingerprint)}\n  remedy: {CAPTURE}")
         if store.fingerprint != fingerprint:
             raise MismatchError(f"{store.location} belongs to model {store.fingerprint}, not {fingerprint}")
         return store
@@ -101,7 +98,10 @@ class ActivationStore:
             raise MismatchError(f"{self.location} holds {len(found)} such models; say which by fingerprint:{listed}")
         if every:
             meant = _meant(str(model), [name for each in every for name in _names(each)])
-            raise MissingDataError(f"{self.location} holds no model {model!r}{meant}; it holds:{listed}")
+            raise MissingDataError(
+                f"{self.location} holds no model {model!r}{meant}; it holds:{listed}\n"
+                f"  remedy: name one of these, or {CAPTURE} --store {self.location}"
+            )
         raise MissingDataError(f"{self.location} holds no activations\n  remedy: {CAPTURE} --store {self.location}")
 
     def select(
@@ -129,7 +129,7 @@ class ActivationStore:
             position: prompt_end, response_start, response_avg, ``token:<index>`` or all_tokens.
 
         Raises:
-            MissingDataError: if something is not captured, with the command that would capture it.
+            MissingDataError: if something is not there, with the command that would capture or import it.
             MismatchError: if model or prompt set is ambiguous.
             ValueError: if site or position is none, the model has no such layer, or arguments exclude each other.
         """
@@ -150,13 +150,12 @@ class ActivationStore:
         store = self.find_model(model)
         layers, alone = _layers(layer, store)
         wanted = f"layers: {'all' if layers is None else layers}"
-        asks = f"(its `capture` has to ask for components: [{site}], positions: [{position}], {wanted})"
-        remedy = f"{CAPTURE} {asks}"
+        asks = f"components: [{site}], positions: [{position}], {wanted}"
+        remedy = store.remedy(asks)
         if prompts is not None:
             found = store.memberships.find([prompts] if isinstance(prompts, str) else prompts, study, responses)
             keys = found.keys
-            if found.study_file is not None:
-                remedy = remedy.replace("<study>", shlex.quote(found.study_file))
+            remedy = store.remedy(asks, found.study_file)
         elif rows is not None:
             keys = (rows,) if isinstance(rows, str) else tuple(rows)
         else:

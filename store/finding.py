@@ -16,6 +16,7 @@ from store.selection import Part, Selection, ranges
 from store.sites import ALL_TOKENS
 
 CAPTURE = "resid capture --study <study>"
+IMPORT = "resid store import <file> --model {model} --convention <convention>"
 
 
 def holds(generation: Generation, component: str, position: str) -> bool:

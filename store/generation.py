@@ -36,8 +36,8 @@ from store.location import Location
 from store.readers import Guarded, OpenShard, Reader, check_tail, reader_for, shard_location
 from store.records import Commit, Record, sha256
 from store.rows import Row, RowTable, row_table_from_bytes, rows_from_bytes, rows_to_bytes
-from store.shards import ShardError, describe
-from store.writing import put_shard, require_finite
+from store.shards import Shard, ShardError, describe
+from store.writing import put_block, require_finite
 
 FORMAT_VERSION = 2  # 2: commits keep the checksum of every chunk
 RECORDS = "_records"
@@ -285,29 +285,12 @@ class Generation:
         with self.claim(block) as wanted:
             if not wanted:
                 return False
-            return self._put(block, stored, dict(provenance or {}))
+            places = {component: self.shard(component, block) for component in stored}
 
-    def _put(self, block: int, stored: Mapping[str, npt.NDArray[Any]], provenance: dict[str, Any]) -> bool:
-        """Put a block's shards, then its commit; return False if another writer's commit was first.
+            def record(shards: Mapping[str, Shard]) -> bytes:
+                return Commit(self.id, plan.model, block, start, stop, shards, dict(provenance or {})).to_json()
 
-        The claim is not what makes this right: shards and commit are each created only where none is. And what a
-        garbage collection took for left over, which it may where a claim cannot be seen, is put once more: whoever
-        removes a shard looks at the commits afterwards (`store.collect`), whoever commits looks at the shards.
-        """
-        plan = self.plan
-        start, stop = plan.block_range(block)
-        shards = {name: put_shard(self.shard(name, block), array, plan) for name, array in stored.items()}
-        while True:
-            commit = Commit(self.id, plan.model, block, start, stop, shards, provenance)
-            if not self._commit(block).create(commit.to_json()):
-                return False
-            lost = [name for name in shards if not self.shard(name, block).exists()]
-            again = {name: put_shard(self.shard(name, block), stored[name], plan) for name in lost}
-            if all(shards[name] == shard for name, shard in again.items()):
-                return True
-            # The one that was lost was a rival's, whose sums differ from ours in the last bits.
-            self._commit(block).remove()
-            shards |= again
+            return put_block(places, stored, plan, self._commit(block), record)
 
     def _described(self, block: int, entry: int) -> str:
         """Name the row of an entry (row or token) of a block."""

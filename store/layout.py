@@ -21,6 +21,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
+from store import remote
 from store.dtypes import NUMPY_DTYPES, DTypeName
 from store.location import Location
 from store.shards import ShardError, ShardShape, bytes_of
@@ -115,18 +116,22 @@ def ragged_blocks(lengths: Sequence[int], block_rows: int | None, d_model: int, 
 
     Args:
         lengths: tokens of each row.
-        block_rows: the most rows of a block; None for no limit but the chunk's size.
+        block_rows: rows of a block on average; None for no limit but the chunk's size.
 
     Returns:
         block_rows, block_tokens and block_starts of a `GenerationPlan`.
     """
     by_size = TARGET_CHUNK_BYTES // (d_model * NUMPY_DTYPES[dtype].itemsize)
-    # As for rows: at least eight blocks, unless they would be of fewer than 16 rows.
-    some = max(16 * max(lengths), -(-sum(lengths) // 8))
+    if block_rows is None:
+        # As for rows: at least eight blocks, unless they would be of fewer than 16 rows.
+        some = max(16 * max(lengths), -(-sum(lengths) // 8))
+    else:
+        # Of tokens, not of rows: all shards are as long as the longest, and rows may be of very different lengths.
+        some = -(-block_rows * sum(lengths) // len(lengths))
     limit = max(min(by_size, some), max(lengths))
     starts, tokens, most = [0], 0, 0
     for index, length in enumerate(lengths):
-        if tokens + length > limit or (block_rows is not None and index - starts[-1] == block_rows):
+        if tokens + length > limit:
             starts.append(index)
             tokens = 0
         tokens += length
@@ -150,7 +155,9 @@ def zarr_store(location: Location, *, read_only: bool) -> LocalStore | FsspecSto
     """Open a location as a zarr store."""
     if location.is_local:
         return LocalStore(location.path, read_only=read_only)
-    return FsspecStore.from_url(location.url, storage_options=location.storage_options, read_only=read_only)
+    store = FsspecStore.from_url(location.url, storage_options=location.storage_options, read_only=read_only)
+    remote.bound(store.fs)
+    return store
 
 
 def encode_shard(values: npt.NDArray[Any], plan: GenerationPlan) -> memoryview:

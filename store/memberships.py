@@ -44,8 +44,10 @@ class PromptRows:
 class Memberships:
     """The prompt sets of all studies over one model."""
 
-    def __init__(self, model: Location):
+    def __init__(self, model: Location, imported: bool = False):
         self.location = model / FOLDER
+        # What writes the tables, for messages.
+        self._written_by = "resid store import <file>" if imported else "resid capture --study <study>"
 
     def write(self, study: str, study_file: str | None, records: Sequence[Mapping[str, str | None]]) -> None:
         """Replace what a study's prompt sets hold; records have the columns of `SCHEMA`."""
@@ -89,11 +91,13 @@ class Memberships:
             if known.decode() != _content(table, _study_file(table)):
                 raise ValueError("its rows are not those that were written")
         except FileNotFoundError:
-            raise MissingDataError(f"study {study!r} has captured nothing of this model") from None
+            raise MissingDataError(
+                f"study {study!r} has captured nothing of this model\n  remedy: {self._written_by}"
+            ) from None
         except (pa.ArrowException, ValueError, OSError) as error:
             raise DamageError(
                 f"{where}: this file cannot be read ({error})\n"
-                "  remedy: remove it; the next `resid capture` of that study writes it again"
+                f"  remedy: remove it, then {self._written_by}, which writes it again"
             ) from None
         return table
 
@@ -155,7 +159,7 @@ class Memberships:
             )
         near = difflib.get_close_matches(name, known, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
-        listed = f"known: {', '.join(known)}" if known else "none is known yet; run resid capture --study <study>"
+        listed = f"known: {', '.join(known)}" if known else f"none is known yet; run {self._written_by}"
         return f"no captured study has a prompt set {name!r}{meant}\n  {listed}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 
 from store import locks
 from store.errors import DamageError
-from store.finding import CAPTURE, holds, select
+from store.finding import CAPTURE, IMPORT, holds, select
 from store.fingerprint import short
 from store.generation import RECORDS, Generation
 from store.layout import Compression, GenerationPlan, default_block_rows, ragged_blocks
@@ -90,7 +91,29 @@ class ModelStore:
     @property
     def memberships(self) -> Memberships:
         """Which rows the prompt sets of the studies over this model are."""
-        return Memberships(self.location)
+        try:
+            imported = self.imported
+        except (DamageError, FileNotFoundError):  # who reads the manifest is told
+            imported = False
+        return Memberships(self.location, imported)
+
+    @property
+    def imported(self) -> bool:
+        """Whether its activations come from files that others published, and none can be captured."""
+        return bool(self.manifest.get("imported", False))
+
+    def remedy(self, asks: str, study_file: str | None = None) -> str:
+        """Return the command that would bring what is missing.
+
+        Args:
+            asks: what is missing, as in "resid_post.14 at prompt_end".
+            study_file: the study to capture; None if it is not known.
+        """
+        if self.imported:
+            name = shlex.quote(str(self.manifest.get("ref", {}).get("source", "<name>")))
+            return f"{IMPORT.format(model=name)} (its file has to hold {asks})"
+        command = CAPTURE if study_file is None else CAPTURE.replace("<study>", shlex.quote(study_file))
+        return f"{command} (its `capture` has to ask for {asks})"
 
     def _exact(self, dtype: str) -> bool:
         """Tell whether a storage dtype holds what this model computes without loss."""
@@ -202,19 +225,22 @@ class ModelStore:
         component: str,
         position: str,
         layers: Sequence[int] | None = None,
-        remedy: str = CAPTURE,
+        remedy: str | None = None,
     ) -> Selection:
         """Find committed activations by row key.
 
         Args:
             layers: absolute layers wanted; None: those that every one of the rows has.
-            remedy: the command that would capture what is missing, for the message.
+            remedy: the command that would bring what is missing, for the message; None for one made of the others.
 
         Raises:
             MissingDataError: if a row is not captured at that component, position and layers.
             MismatchError: if a row or layer is asked for twice.
             DamageError: if a generation's metadata is damaged.
         """
+        if remedy is None:
+            at = "" if layers is None else f", layers: {list(layers)}"
+            remedy = self.remedy(f"components: [{component}], positions: [{position}]{at}")
         return select(self.holders(component, position), tuple(row_keys), component, position, layers, remedy)
 
     def holders(self, component: str, position: str) -> list[Generation]:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.storage import FsspecStore, WrapperStore
 
+from store import remote
 from store.layout import GenerationPlan, zarr_store
 from store.location import Location
 from store.shard_files import ShardFile, will_need
@@ -89,7 +90,7 @@ class _ComparingStore(WrapperStore[Any]):
         self.committed: dict[str, dict[int, int]] = {}  # key of a shard -> end of a chunk -> checksum
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
+        found = await self._get(key, prototype, byte_range)
         if found is None and key in self.committed:
             raise FileNotFoundError(key)  # zarr-python would read it as fill values
         if found is None or not (byte_range is None or isinstance(byte_range, RangeByteRequest)):
@@ -101,6 +102,12 @@ class _ComparingStore(WrapperStore[Any]):
                 if stored != committed:
                     raise ShardError(f"the checksum of the chunk that ends at {end} is not that of the commit")
         return found
+
+    async def _get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        store = self._store
+        if not isinstance(store, FsspecStore):
+            return await super().get(key, prototype, byte_range)
+        return await remote.patiently(store.fs, lambda: store.get(key, prototype, byte_range))
 
 
 class ZarrReader:

@@ -11,10 +11,11 @@ refuses connections, cannot be reached or never answers is an error after about 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -77,9 +78,14 @@ def _is_s3(filesystem: Any) -> bool:
 def connect(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, and the path in it. fsspec keeps the connections, one set a process."""
     filesystem, path = fsspec.core.url_to_fs(url, **storage_options(url))
+    bound(filesystem)
+    return filesystem, path
+
+
+def bound(filesystem: Any) -> None:
+    """Keep a file system from repeating on its own what botocore has tried."""
     if _is_s3(filesystem):
         filesystem.retries = 1
-    return filesystem, path
 
 
 def _read_timeout(filesystem: Any) -> float:
@@ -95,20 +101,45 @@ def _is_transient(error: BaseException) -> bool:
     return any(base.__name__ in _TRANSIENT_CLASSES for base in type(error).__mro__)
 
 
+class _Patience:
+    """How long failures that may pass are answered by another try: two and a half read timeouts."""
+
+    def __init__(self, filesystem: Any):
+        self._timeout = _read_timeout(filesystem)
+        self._end = time.monotonic() + 2.5 * self._timeout
+
+    def pause(self, error: Exception) -> float | None:
+        """Return how many seconds to wait before another try; None if it is for good, or there was time enough."""
+        if not _is_transient(error) or time.monotonic() > self._end:
+            return None
+        return random.uniform(0, min(1, self._timeout / READ_TIMEOUT))
+
+
 def _patiently(filesystem: Any, call: Callable[[], T]) -> T:
-    """Call until it works, fails for good, or two and a half read timeouts have passed.
+    """Call until it works, fails for good, or patience ends.
 
     Only for what may be done twice: botocore does not repeat a GET whose body was cut.
     """
-    patience = _read_timeout(filesystem)
-    end = time.monotonic() + 2.5 * patience
+    patience = _Patience(filesystem)
     while True:
         try:
             return call()
         except Exception as error:
-            if not _is_transient(error) or time.monotonic() > end:
+            if (pause := patience.pause(error)) is None:
                 raise
-            time.sleep(random.uniform(0, min(1, patience / READ_TIMEOUT)))
+            time.sleep(pause)
+
+
+async def patiently(filesystem: Any, call: Callable[[], Awaitable[T]]) -> T:
+    """Do what the operations of this module do, for a library that uses an fsspec file system itself (`bound`)."""
+    patience = _Patience(filesystem)
+    while True:
+        try:
+            return await call()
+        except Exception as error:
+            if (pause := patience.pause(error)) is None:
+                raise
+            await asyncio.sleep(pause)
 
 
 def info(url: str) -> dict[str, Any]:

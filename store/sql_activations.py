@@ -227,8 +227,8 @@ class _Sources:
         result: list[npt.NDArray[np.float32] | None] = [None] * len(columns[0])
         for (site, position), rows in asked.items():
             parsed = Site.parse(site)
-            remedy = f"{CAPTURE} (its `capture` has to ask for {site} at {position})"
             for store, here in statement.by_model(self._store, rows):
+                remedy = store.remedy(f"{site} at {position}")
                 statement.reads(store.fingerprint)
                 selection = statement.select(store, here, parsed.component, position, parsed.layer, remedy)
                 for (part, _), values in selection.chunks():
@@ -279,9 +279,8 @@ class _Sources:
         unit = direction.unit(layer)
         at = direction.position if position is None else position
         store, rows = self._rows(direction, prompts, study, responses)
-        remedy = CAPTURE.replace("<study>", rows.study_file or "<study>")
-        asks = f"its `capture` has to ask for {direction.component}.{layer} of {prompts} at {at}"
-        selection = statement.select(store, rows.keys, direction.component, at, layer, f"{remedy} ({asks})")
+        remedy = store.remedy(f"{direction.component}.{layer} of {prompts} at {at}", rows.study_file)
+        selection = statement.select(store, rows.keys, direction.component, at, layer, remedy)
         projected, norms = np.empty(len(selection)), np.empty(len(selection))
         for (part, _), found in selection.chunks():
             values = found.astype(np.float64)

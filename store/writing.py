@@ -7,6 +7,7 @@ put there first (a rival, or a writer that was killed before its commit) is adop
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,38 @@ from store.shards import Shard, ShardError, describe, shard_bytes, write_shard
 RIVAL_BOUND = 0.05
 
 _EXPONENT = {np.dtype(np.uint16): {"float16": 0x7C00, "bfloat16": 0x7F80}, np.dtype(np.uint32): {"float32": 0x7F800000}}
+
+
+def put_block(
+    places: Mapping[str, Location],
+    values: Mapping[str, npt.NDArray[Any]],
+    plan: GenerationPlan,
+    commit: Location,
+    record: Callable[[Mapping[str, Shard]], bytes],
+) -> bool:
+    """Put a block's shards, then its commit; return False if another writer's commit was first.
+
+    What a garbage collection took for left over, which it may where a claim cannot be seen, is put once more: whoever
+    removes a shard looks at the commits afterwards (`store.collect`), whoever commits looks at the shards.
+
+    Args:
+        places: where each component's shard goes.
+        values: of each component, [row or token, layer, *inner] in the plan's storage dtype.
+        record: returns the content of the commit for what lies at the places.
+
+    Raises:
+        ResourceError: if a place cannot be written.
+    """
+    shards = {name: put_shard(place, values[name], plan) for name, place in places.items()}
+    while commit.create(record(shards)):
+        lost = [name for name, place in places.items() if not place.exists()]
+        again = {name: put_shard(places[name], values[name], plan) for name in lost}
+        if all(shards[name] == shard for name, shard in again.items()):
+            return True
+        # The one that was lost was a rival's, whose sums differ from ours in the last bits.
+        commit.remove()
+        shards |= again
+    return False
 
 
 def put_shard(target: Location, values: npt.NDArray[Any], plan: GenerationPlan) -> Shard:

@@ -203,18 +203,20 @@ def test_some_rows_of_a_position_may_come_from_all_tokens_and_others_from_their_
 def test_a_killed_capture_of_all_tokens_goes_on_with_its_own_blocks(tmp_path: Path) -> None:
     model = new_store(str(tmp_path))
     _, blocks = model.assign([EVERYTHING], block_rows=4)
-    assert [block.n_rows for block in blocks] == [4, 4, 4]
+    (generation,) = model.generations()
+    start, stop = generation.plan.block_range(1)
+    assert [block.n_rows for block in blocks][:2] == [start, stop - start]
+    assert len(blocks) > 2
     assert write(model, blocks[1])
     work = model.work([EVERYTHING], block_rows=2)
-    assert (work.new, set(work.pending), work.cached_rows) == ((), {blocks[0], blocks[2]}, 4)
-    (generation,) = model.generations()
-    waiting = [*generation.rows[:4], *generation.rows[8:]]
+    assert (work.new, set(work.pending), work.cached_rows) == ((), {blocks[0], *blocks[2:]}, stop - start)
+    waiting = [*generation.rows[:start], *generation.rows[stop:]]
     assert work.bytes_to_write == sum(row.spans.response_end for row in waiting) * LAYERS * D_MODEL * 4
     # A position that all tokens will hold waits for them, too.
     assert model.work([request(ROWS, positions=["prompt_end"])]).new == ()
-    with pytest.raises(MissingDataError, match="8 of 12 rows have no resid_post at all_tokens"):
+    with pytest.raises(MissingDataError, match=rf"{len(waiting)} of 12 rows have no resid_post at all_tokens"):
         pick(model, ROWS)
-    done = generation.rows[4:8]
+    done = generation.rows[start:stop]
     np.testing.assert_array_equal(pick(model, done).to_numpy(), values_of(done, "resid_post", range(6), ALL_TOKENS))
 
 
@@ -279,13 +281,32 @@ def test_every_row_is_whole_in_exactly_one_block_that_begins_at_a_shard(
     for block, (start, stop) in enumerate(ranges):
         tokens = sum(lengths[start:stop])
         assert tokens <= plan.block_tokens
-        assert stop - start <= plan.block_rows <= (block_rows or len(lengths))
+        assert stop - start <= plan.block_rows
         ends = block * plan.block_tokens + np.cumsum(lengths[start:stop])
         np.testing.assert_array_equal(offsets[start:stop, 1], ends)
         np.testing.assert_array_equal(offsets[start:stop, 0], [block * plan.block_tokens, *ends[:-1]])
     assert plan.block_tokens == max(sum(lengths[a:b]) for a, b in ranges)
+    # Used to happen: blocks of as many rows, of which the long ones made every shard as long as themselves.
+    padding = plan.n_blocks * plan.block_tokens - sum(lengths)
+    assert padding <= (plan.n_blocks - 1) * max(lengths) + plan.block_tokens
+    if block_rows is not None:
+        assert plan.block_tokens <= max(block_rows * sum(lengths) / len(lengths) + 1, *lengths, 1)
     # Chunks of about 4 MiB, unless one row alone is larger.
     assert plan.block_tokens <= max(TARGET_CHUNK_BYTES // (4 * d_model), *lengths, 1)
+
+
+def test_rows_of_mixed_lengths_are_not_padded_to_the_longest_block(tmp_path: Path) -> None:
+    rows = [text(i, 2 + (i % 20 == 0) * 38, 1) for i in range(60)]  # 3 tokens, and every twentieth row 41
+    model = new_store(str(tmp_path))
+    asked = request(rows, positions=[ALL_TOKENS])
+    capture(model, asked, block_rows=10)
+    (generation,) = model.generations()
+    plan = generation.plan
+    tokens = sum(row.spans.response_end for row in rows)
+    assert plan.block_tokens == 48  # about ten rows of mean length
+    assert plan.n_blocks * plan.block_tokens <= 1.2 * tokens  # used to be 3 times as many
+    found = model.select([row.key for row in rows], "resid_post", ALL_TOKENS).to_numpy()
+    np.testing.assert_array_equal(found, values_of(rows, "resid_post", range(LAYERS), ALL_TOKENS))
 
 
 def test_blocks_of_all_tokens_are_about_four_mebibytes_but_small_captures_have_several() -> None:
@@ -380,8 +401,9 @@ def test_a_token_that_is_not_finite_is_refused_and_its_row_named(tmp_path: Path,
     model = new_store(str(tmp_path), dtype)
     _, blocks = model.assign([request(ROWS, positions=[ALL_TOKENS], dtype=dtype)], block_rows=4)
     generation = Generation(model.location / blocks[1].generation)
-    rows = generation.rows[4:8]
-    for bad in range(4):
+    rows = generation.rows[slice(*generation.plan.block_range(1))]
+    assert len(rows) > 1
+    for bad in range(len(rows)):
         ends = np.cumsum([row.spans.response_end for row in rows])
         for entry in (ends[bad] - rows[bad].spans.response_end, ends[bad] - 1):  # its first and last token
             values = block_values(rows, generation.plan)["resid_post"].astype(NUMPY_DTYPES[dtype])
@@ -391,7 +413,9 @@ def test_a_token_that_is_not_finite_is_refused_and_its_row_named(tmp_path: Path,
             assert "1 row(s) hold NaN or infinity" in str(caught.value)
             assert f"first row {rows[bad].key[:16]} (prompt {rows[bad].prompt_id}) at resid_post.3" in str(caught.value)
     values[:] = np.inf
-    with pytest.raises(NonFiniteError, match=rf"4 row\(s\) hold NaN or infinity, first row {rows[0].key[:16]}"):
+    with pytest.raises(
+        NonFiniteError, match=rf"{len(rows)} row\(s\) hold NaN or infinity, first row {rows[0].key[:16]}"
+    ):
         generation.write_block(1, {"resid_post": values})
     assert generation.committed() == set()
 
@@ -400,7 +424,8 @@ def test_a_block_of_another_number_of_tokens_is_refused(tmp_path: Path) -> None:
     model = new_store(str(tmp_path))
     model.assign([EVERYTHING], block_rows=4)
     (generation,) = model.generations()
-    values = block_values(generation.rows[:4], generation.plan)["resid_post"]
+    rows = generation.rows[slice(*generation.plan.block_range(0))]
+    values = block_values(rows, generation.plan)["resid_post"]
     for wrong in (values[:-1], np.concatenate([values, values[:1]]), values[:, None]):
         with pytest.raises(ValueError, match="block 0 of resid_post has the shape"):
             generation.write_block(0, {"resid_post": wrong})
@@ -415,7 +440,7 @@ def test_a_flipped_bit_in_a_token_is_never_read_as_a_number(tmp_path: Path) -> N
     data = bytearray(path.read_bytes())
     data[3 * (generation.plan.shard_shape.chunk_bytes + 4) + 70] ^= 4  # in the chunk of layer 3
     path.write_bytes(data)
-    row = generation.rows[5]
+    row = generation.rows[generation.plan.block_range(1)[0]]
     for position, read in ((ALL_TOKENS, "to_numpy"), ("token:-1", "to_numpy"), (ALL_TOKENS, "mean")):
         with pytest.raises(DamageError, match="layer position 3"):
             getattr(pick(model, [row], position), read)()

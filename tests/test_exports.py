@@ -388,7 +388,8 @@ def test_a_hub_data_set_declares_its_columns(model: ModelStore, command: Command
 def test_a_hub_data_set_of_several_files_is_loaded_as_one(
     model: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(exports, "SHARD_BYTES", 3 * 6 * 16 * 4)
     selection = model.select([row.key for row in ROWS], "resid_post", "prompt_end")
     export(Export(selection, {ROWS[0].key: ("id", "text")}), "hf", tmp_path / "set")

@@ -26,7 +26,7 @@ from pipeline.capture import BATCH_BOUND, CaptureEngine
 from pipeline.torch_files import read_torch_tensors
 from store.activations import ActivationStore
 from store.dtypes import NUMPY_DTYPES
-from store.errors import MismatchError, MissingDataError, NonFiniteError, ResidError
+from store.errors import DamageError, MismatchError, MissingDataError, NonFiniteError, ResidError
 from store.exports import Export, export
 from store.generation import Generation, GenerationPlan
 from store.imports import Declared, import_activations, read_tensors
@@ -146,6 +146,38 @@ def test_a_second_import_of_a_file_finds_it(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.json")}
     assert take(tmp_path, path).new_blocks == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.json")} == before
+
+
+def test_what_an_imported_model_lacks_is_to_be_imported(tmp_path: Path) -> None:
+    # Used to happen: "resid capture", which no capture of a model that is only a name could follow.
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2, 8), np.float32))
+    store = ActivationStore.open(str(tmp_path / "store"))
+    declared = Declared(model="some lab/a model", convention="resid_post")
+    path = tmp_path / "a.npz"
+    import_activations(store, path, read_tensors(path), declared)
+    command = "resid store import <file> --model 'some lab/a model' --convention <convention>"
+    model = store.find_model("some lab/a model")
+    rows = [store.select(prompts="imported").row_keys[0]]
+    for lacking in (
+        lambda: store.select(prompts="imported", position="response_avg"),
+        lambda: store.select(prompts="imported", site="mlp_out"),
+        lambda: store.select(site="attn_out"),
+        lambda: store.select(rows=["0" * 64]),
+        lambda: model.select(rows, "mlp_out", "prompt_end"),
+    ):
+        with pytest.raises(MissingDataError) as caught:
+            lacking()
+        assert f"remedy: {command} (its file has to hold components: [" in str(caught.value)
+        assert "capture" not in str(caught.value).partition("remedy")[2]
+    with pytest.raises(MissingDataError, match="remedy: resid store import <file>"):
+        model.memberships.table("other")
+    table = model.memberships.location.path / "imported.parquet"
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(DamageError, match=r"remedy: remove it, then resid store import <file>, which writes it again"):
+        ActivationStore.open(str(tmp_path / "store")).select(prompts="imported")
+    table.unlink()
+    import_activations(store, path, read_tensors(path), declared)
+    assert store.select(prompts="imported").shape == (3, 2, 8)
 
 
 def test_two_sets_of_one_model_lie_beside_each_other_with_their_texts(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_a_damaged_file_is_an_error_with_the_remedy(sets: Memberships) -> None:
         with pytest.raises(DamageError) as caught:
             sets.find(["bad"])
         assert f"{path}: this file cannot be read" in str(caught.value)
-        assert "remedy: remove it; the next `resid capture` of that study writes it again" in str(caught.value)
+        assert "remedy: remove it, then resid capture --study <study>, which writes it again" in str(caught.value)
         assert sets.find(["good"], study="other").keys == ("c",)
         assert sets.study_files() == set()
     sets.write("demo", "demo.yaml", records("bad", ["a", "b"]))

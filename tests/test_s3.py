@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +17,14 @@ from s3_server import Fault, FaultyProxy
 from s3_server import bucket as bucket
 from s3_server import faulty as faulty
 from s3_server import s3 as s3
+from store_worker import LAYERS, MODEL, capture, expected, make_rows, new_store, request
 from zarr.storage import FsspecStore
 
 from store import remote
+from store.activations import ActivationStore
 from store.errors import ResourceError
 from store.location import Location
+from store.readers import ZarrReader
 
 # Settings of botocore, without its own pauses between attempts: what is tested is what goes on after it gave up.
 PATIENT = {"connect_timeout": 5, "read_timeout": 5, "retries": {"total_max_attempts": 1}}
@@ -201,11 +205,11 @@ def test_an_answer_that_is_cut_is_asked_for_again_and_never_taken(
     ]
     reads.append(("b", lambda: place.read_many(["a", "b"])["b"], b"abc"))
     faulty.methods = ("GET",)
-    for path, read, expected in reads:
+    for path, read, whole in reads:
         faulty.path = f"store/{path}"
         faulty.use(monkeypatch, **PATIENT)
         faulty.faults, faulty.always = [Fault("cut_answer")] * 2, None
-        assert read() == expected
+        assert read() == whole
         faulty.use(monkeypatch, **QUICK)
         faulty.always = Fault("cut_answer")
         with pytest.raises(ResourceError, match=f"{place}/{path}: reading it failed"):
@@ -329,6 +333,35 @@ def test_an_endpoint_that_never_answers_is_an_error_after_few_requests(
         with pytest.raises(ResourceError, match="timeout"):
             operation(place)
         assert 1 <= len(faulty.seen) <= 10
+
+
+def test_zarrs_reading_is_as_patient_as_ours(
+    place: Location, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Used to happen: zarr-python's connections had s3fs's own retries, five times what botocore tries.
+    capture(new_store(str(place)), request(make_rows(4)))
+    (generation,) = ActivationStore.open(place).model(MODEL).generations()
+    truth = expected(generation.rows, "resid_post", range(LAYERS), "prompt_end", "float32")
+    faulty.use(monkeypatch, **QUICK)
+    faulty.path = "/c/0/"  # the shard
+    model = ActivationStore.open(place).model(MODEL)
+    (generation,) = model.generations()
+    assert isinstance(generation.reader, ZarrReader)
+    for fault in (Fault("hang"), Fault("cut_answer")):
+        with generation.open_block("resid_post", 0) as opened:
+            faulty.always = fault
+            faulty.seen.clear()
+            begun = time.monotonic()
+            with pytest.raises(ResourceError, match=r"s3://.*(.|\n)*remedy: "):
+                opened.read([0])
+            # Two and a half read timeouts: three requests. Answers that are cut come at once: of these there are more.
+            assert len(faulty.seen) <= 4 or fault.kind == "cut_answer"
+            assert time.monotonic() - begun < 60
+            faulty.always = None
+            # A failure that passes is survived.
+            faulty.faults = [fault]
+            np.testing.assert_array_equal(opened.read([3])[0, :4, 0], truth[:, 3])
+            assert faulty.faults == []
 
 
 def test_a_server_that_is_not_there_is_an_error_with_a_remedy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
