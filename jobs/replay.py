@@ -186,17 +186,16 @@ class ReplayPlan:
 
         done = self.done
         todo: dict[str, ReplayItem] = {}
-        kinds: dict[tuple[bool, Decoding], set[str]] = {}
+        kinds: dict[str, tuple[MonitorPlan | None, Decoding, set[str]]] = {}
         asked = set()
         for item in self.wanted:
             asked.add(item.key)
             if item.key not in done:
                 todo[item.key] = ReplayItem(item.row, item.condition.key, item.seed, item.key)
-                kind = (self.monitor_of(item.condition) is not None, decoding_of(self.replay, item.condition.spec))
-                kinds.setdefault(kind, set()).add(item.key)
+                how = (self.monitor_of(item.condition), decoding_of(self.replay, item.condition.spec))
+                kinds.setdefault(self.decoding_key(item.condition), (*how, set()))[2].add(item.key)
         groups = []
-        for (monitored, decoding), keys in sorted(kinds.items(), key=lambda kind: kind[0][0]):
-            monitor = self.monitor if monitored else None
+        for monitor, decoding, keys in sorted(kinds.values(), key=lambda kind: kind[0] is not None):
             # Conditions of a prompt stay together: they share its prefill shape, and a block holds comparable rows.
             chosen = sorted((todo[key] for key in keys), key=lambda i: (len(i.row.token_ids), i.row.key, i.key))
             size = self.replay.block_rows
