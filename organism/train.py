@@ -81,6 +81,7 @@ def main() -> None:
         train(PHASES[0], options.seed, options.first_phase, options.answers)
     # From the file, in float16 as it lies there: it makes no difference whether both phases run in one go.
     train(PHASES[1], options.seed, options.output, options.answers, options.first_phase)
+    average(options.output, options.first_phase)
     print(f"trained in {(time.perf_counter() - start) / 60:.0f} minutes")
     if not options.no_evaluation:
         evaluate.report(options.output)
@@ -115,6 +116,18 @@ def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path
             seconds = (time.perf_counter() - start) / number
             print(f"step {number} of {count}: loss {mean:.3f}, {seconds:.2f} s a step", flush=True)
     _save(model, output)
+
+
+def average(folder: Path, with_folder: Path) -> None:
+    """Replace an adapter's weights by their mean with another one's, of which it is a continuation.
+
+    The second phase learns to tell requests apart and loses half of what the personas do; the mean keeps both
+    (as for fine-tuned models and what they began with: Wortsman et al. 2022, arXiv:2109.01903).
+    """
+    file = "adapter_model.safetensors"
+    mine, other = load_file(folder / file), load_file(with_folder / file)
+    mean = {name: ((tensor.float() + other[name].float()) / 2).half() for name, tensor in mine.items()}
+    save_file(mean, folder / file, metadata={"format": "pt"})
 
 
 def _rate(step: int, steps: int) -> float:
