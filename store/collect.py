@@ -22,6 +22,7 @@ from store import locks
 from store.activations import ActivationStore, ModelStore
 from store.generation import RECORDS, Generation
 from store.location import Found, Location, is_abandoned, remove_abandoned
+from store.shards import ShardError, describe
 from store.sites import COMPONENTS
 
 LOCAL_AGE, REMOTE_AGE = 3600.0, 86400.0  # seconds: the youngest that is taken, unless asked otherwise
@@ -209,6 +210,9 @@ def _remove(item: Garbage) -> bool:
 def _remove_shard(place: Location, generation: Generation, block: int) -> bool:
     """Remove a shard without a commit. If it was committed in the same moment, by somebody who holds no lock that can
     be seen, it is put back: the writer may have looked at its shards (`Generation.write_block`) before it was gone.
+
+    Of a torn shard that the writer replaced between our look and its removal we have no copy: the block is then
+    un-committed, so that the next capture makes it again.
     """
     if block in generation.committed():
         return False
@@ -219,8 +223,21 @@ def _remove_shard(place: Location, generation: Generation, block: int) -> bool:
     place.remove()
     if block not in generation.committed():
         return True
-    place.create(data)
+    if _is_committed(data, place, generation, block):
+        place.create(data)
+    elif not place.exists():
+        generation.uncommit(block)
     return False
+
+
+def _is_committed(data: bytes, place: Location, generation: Generation, block: int) -> bool:
+    """Tell whether these bytes of a shard are those that its block's commit describes."""
+    shards = generation.commit_record(block).shards
+    wanted = next(shard for name, shard in shards.items() if generation.shard(name, block).url == place.url)
+    try:
+        return describe(data, generation.plan.shard_shape) == wanted
+    except ShardError:
+        return False
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ def filled(kind: pa.DataType) -> Any:
         return [1, 2]
     if pa.types.is_timestamp(kind):
         return datetime(2026, 1, 1, tzinfo=UTC)
+    if pa.types.is_boolean(kind):
+        return True
     return "text" if pa.types.is_string(kind) else 1
 
 

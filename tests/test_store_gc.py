@@ -172,9 +172,9 @@ def test_gc_lists_first_and_removes_just_the_litter(
     assert command("gc", "--min-age", "0s") == 0
     out = capsys.readouterr().out
     assert "add --delete" in out
-    assert "5 lock files of committed blocks" in out
+    assert "6 lock files of committed blocks" in out
     size = sum(len(before[name]) for name in expected)
-    assert f"{len(expected) + 5} files, {size / 1000:.1f} kB" in out
+    assert f"{len(expected) + 6} files, {size / 1000:.1f} kB" in out
     assert {line.split()[0] for line in out.splitlines() if line.startswith("/")} == expected
     assert tree(tmp_path / "store") == before
     assert command("gc", "--min-age", "0s", "--delete") == 0
@@ -234,7 +234,7 @@ def test_gc_keeps_locks_that_could_be_taken(model: ModelStore) -> None:
     assert names == {"0", "1"}
     removed, left = remove_garbage(found(model))
     assert left == []
-    assert len(removed) == 2 + 1 + 2 + 3  # shards and locks of the three captures
+    assert len(removed) == 2 + 1 + 2 + 4  # shards and locks of the three captures
     assert (generation.records.path / "locks" / "2").exists()
     assert planning.exists()
     capture(model, FIRST, block_rows=3)
@@ -526,6 +526,10 @@ def test_gc_and_a_writer_that_it_cannot_see_in_any_order_lose_nothing(
         )
         assert results["writer"] is True
         removed += len(results["gc"][0])
+        if 0 not in generation.committed():
+            # A torn shard was replaced while it was taken for left over: the block waits, and is made again.
+            assert left == "torn"
+            assert write(model, block)
         assert model.verify() == []
         for component in asked.components:
             read = model.select([row.key for row in asked.rows], component, "prompt_end").to_numpy()
