@@ -223,7 +223,11 @@ def _remove_shard(place: Location, generation: Generation, block: int) -> bool:
     place.remove()
     if block not in generation.committed():
         return True
-    if _is_committed(data, place, generation, block):
+    try:
+        whole = _is_committed(data, place, generation, block)
+    except FileNotFoundError:
+        return True  # the writer has missed its shard, taken its commit back and begins again
+    if whole:
         place.create(data)
     elif not place.exists():
         generation.uncommit(block)
