@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -184,17 +184,25 @@ class Context:
         """
         keys: dict[str, str] = {}
         for name in names:
-            rows = self._memberships.get((name, responses), {})
-            for prompt in self.prompt_sets[name].prompts:
-                if prompt.id not in rows:
-                    what = f"responses of {responses!r} to " if responses else ""
-                    raise MissingDataError(
-                        f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
-                    )
-                keys.update(dict.fromkeys(rows[prompt.id], prompt.text))
-        # An empty key stands for a generated response without tokens: there is nothing to read of it.
-        keys.pop("", None)
+            for prompt, rows in self.prompt_rows(name, responses):
+                keys.update(dict.fromkeys(rows, prompt.text))
         return keys
+
+    def prompt_rows(self, name: str, responses: str | None) -> Iterator[tuple[Prompt, list[str]]]:
+        """Yield every prompt of a prompt set with the keys of its rows.
+
+        Raises:
+            MissingDataError: if a prompt has no row: it was not captured, or the prompt files changed since.
+        """
+        known = self._memberships.get((name, responses), {})
+        for prompt in self.prompt_sets[name].prompts:
+            if prompt.id not in known:
+                what = f"responses of {responses!r} to " if responses else ""
+                raise MissingDataError(
+                    f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
+                )
+            # An empty key stands for a generated response without tokens: there is nothing to read of it.
+            yield prompt, [key for key in known[prompt.id] if key]
 
 
 @dataclass(frozen=True)

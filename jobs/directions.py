@@ -6,17 +6,16 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from analysis.directions import MeansTask, derive, derived_key, difference_of_means
+from analysis.directions import derive, derived_key
 from jobs.context import Context, StageReport
+from jobs.direction_tasks import Task, compute_task, is_ready, make_task, only, task_groups
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
 from store.directions import Direction, directions_from_table
 from store.errors import MissingDataError
 from store.schemas import TABLES
-from store.study import DifferenceOfMeans, DirectionSpec
-from store.study_file import references
-from store.study_layers import direction_layers
+from store.study_directions import Derived, DirectionSpec, references
 
 
 def known_directions(context: Context) -> dict[str, Direction]:
@@ -27,52 +26,37 @@ def known_directions(context: Context) -> dict[str, Direction]:
     return {name: direction for name, direction in found.items() if direction.model == model}
 
 
-def means_task(context: Context, name: str, spec: DifferenceOfMeans) -> MeansTask:
-    """Return what has to be computed for a difference of means.
-
-    Raises:
-        MissingDataError: if a row is not known yet.
-    """
-    model = context.recalled_model()
-    sides = [context.row_texts(names, spec.responses) for names in (spec.positive, spec.negative)]
-    shared = set(sides[0].values()) & set(sides[1].values())
-    return MeansTask(
-        name=name,
-        store=str(context.store.location),
-        model=model.fingerprint,
-        component=spec.component,
-        position=spec.position,
-        positive=tuple(sides[0]),
-        negative=tuple(sides[1]),
-        layers=tuple(sorted(direction_layers(context.study, name, model.n_layers))),
-        matched=tuple((key, text) for side in sides for key, text in side.items() if text in shared),
-    )
-
-
-def current_directions(context: Context) -> tuple[dict[str, Direction], dict[str, MeansTask], dict[str, str]]:
-    """Compare the study's directions with those computed before.
+def current_directions(
+    context: Context, known: Mapping[str, Direction] | None = None
+) -> tuple[dict[str, Direction], list[Task], dict[str, str]]:
+    """Compare the study's directions with those computed before (`known`; by default what is written down).
 
     Returns:
-        Those that are up to date, the differences of means to compute, and what the others wait for, all by name.
-        A derived direction is computed at once when its parents are there.
+        Those that are up to date, what to compute from cached rows, and what others wait for, by name. A derived
+        direction is computed at once when its parents are there.
     """
-    known = known_directions(context)
+    known = known_directions(context) if known is None else known
+    specs = context.study.directions
     current: dict[str, Direction] = {}
-    tasks: dict[str, MeansTask] = {}
     waiting: dict[str, str] = {}
-    for name, spec in context.study.directions.items():
-        if isinstance(spec, DifferenceOfMeans):
+    tasks: list[Task] = []
+    seen: set[str] = set()
+    while True:
+        _derive(specs, known, current)
+        ready = [group for group in task_groups(specs) if group[0] not in seen and is_ready(specs[group[0]], current)]
+        if not ready:
+            return current, tasks, waiting
+        for names in ready:
+            seen.update(names)
             try:
-                task = means_task(context, name, spec)
+                task = make_task(context, names, current)
             except MissingDataError as error:
-                waiting[name] = str(error).splitlines()[0]
+                waiting.update(dict.fromkeys(names, str(error).splitlines()[0]))
                 continue
-            if name in known and known[name].key == task.key:
-                current[name] = known[name]
-            else:
-                tasks[name] = task
-    _derive(context.study.directions, known, current)
-    return current, tasks, waiting
+            same = [name for name in names if name in known and known[name].key == task.keys[name]]
+            current.update({name: known[name] for name in same})
+            if len(same) < len(names):
+                tasks.append(only(task, [name for name in names if name not in same]))
 
 
 def _derive(specs: Mapping[str, DirectionSpec], known: Mapping[str, Direction], current: dict[str, Direction]) -> None:
@@ -81,7 +65,7 @@ def _derive(specs: Mapping[str, DirectionSpec], known: Mapping[str, Direction], 
     while progressed:
         progressed = False
         for name, spec in specs.items():
-            if name in current or isinstance(spec, DifferenceOfMeans):
+            if name in current or not isinstance(spec, Derived):
                 continue
             needed = {other for _, other in references(spec)}
             if needed <= set(current):
@@ -98,15 +82,20 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     if not specs:
         return report
     before = known_directions(context)
-    current, tasks, waiting = current_directions(context)
-    with progress.task("directions", len(tasks), "directions") if tasks else progress.nothing() as advance:
-        for name, result in zip(tasks, cpu_map(cluster, compute, list(tasks.values())), strict=True):
-            if isinstance(result, Direction):
-                current[name] = result
-            else:
-                waiting[name] = result
-            advance(1)
-    _derive(specs, before, current)
+    known = dict(before)
+    current, tasks, waiting = current_directions(context, known)
+    missing: dict[str, str] = {}
+    while tasks:  # some become ready with what others compute
+        with progress.task("directions", len(tasks), "directions") as advance:
+            for task, result in zip(tasks, cpu_map(cluster, compute, tasks), strict=True):
+                if isinstance(result, str):
+                    missing.update(dict.fromkeys(task.keys, result))
+                else:
+                    known.update(result)
+                advance(1)
+        current, tasks, waiting = current_directions(context, known)
+        tasks = [task for task in tasks if set(task.keys).isdisjoint(missing)]
+    waiting = {**waiting, **{name: why for name, why in missing.items() if name not in current}}
     for name in specs:
         if name not in current and name not in waiting:
             waiting[name] = "it waits for the directions that it is computed from"
@@ -118,10 +107,10 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     return report
 
 
-def compute(task: MeansTask) -> Direction | str:
-    """Compute one direction on a worker; say what is missing instead of failing the others."""
+def compute(task: Task) -> dict[str, Direction] | str:
+    """Compute directions on a worker; say what is missing instead of failing the others."""
     try:
-        return difference_of_means(task)
+        return compute_task(task)
     except MissingDataError as error:
         return str(error).splitlines()[0]
 

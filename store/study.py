@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -27,14 +24,15 @@ from store.layers import LayerNumber, Layers
 from store.model_ref import ModelRef
 from store.ray_settings import RaySettings
 from store.sites import Component
-from store.study_types import CapturePosition, Name, Names, Position, Scalar, SetName, StudyName, distinct
+from store.study_directions import Difference as Difference
+from store.study_directions import DifferenceOfMeans as DifferenceOfMeans
+from store.study_directions import DirectionSpec as DirectionSpec
+from store.study_directions import Orthogonalised as Orthogonalised
+from store.study_directions import Random as Random
+from store.study_geometry import Geometry as Geometry
+from store.study_geometry import ProjectionsSpec as ProjectionsSpec
+from store.study_types import CapturePosition, Name, Names, Scalar, SetName, Strict, StudyName, distinct_seeds
 from store.yaml_file import fault, nearest
-
-
-class Strict(BaseModel):
-    """A frozen record that refuses keys it does not know, values of another kind ("3" or true for 3), and NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Columns(Strict):
@@ -127,98 +125,6 @@ class CaptureEntry(Strict):
     @classmethod
     def _once(cls, values: list[str]) -> list[str]:
         return list(dict.fromkeys(values))
-
-
-class DifferenceOfMeans(Strict):
-    """Mean of `positive` minus mean of `negative`, at every captured layer (Marks & Tegmark 2023; arXiv:2310.06824)."""
-
-    method: Literal["difference_of_means"] = "difference_of_means"
-    positive: Names
-    negative: Names
-    component: Component = "resid_post"
-    position: Position = "prompt_end"
-    responses: str | None = None
-
-    @field_validator("positive", "negative", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class Difference(Strict):
-    """One direction minus another, layer by layer."""
-
-    method: Literal["difference"]
-    minuend: str
-    subtrahend: str
-
-
-class Orthogonalised(Strict):
-    """A direction without its components in the span of others, layer by layer."""
-
-    method: Literal["orthogonalised"]
-    direction: str
-    orthogonal_to: Names
-
-
-class Random(Strict):
-    """Seeded isotropic directions with the norm of another direction at each layer: a control."""
-
-    method: Literal["random"]
-    seed: int = Field(ge=0)
-    match_norm: str
-
-
-_METHODS: dict[str, type[Strict]] = {
-    "difference_of_means": DifferenceOfMeans,
-    "difference": Difference,
-    "orthogonalised": Orthogonalised,
-    "random": Random,
-}
-
-
-def _method(value: Any) -> Any:
-    if isinstance(value, Strict):
-        return value
-    if not isinstance(value, dict):
-        raise fault("a direction is a mapping of keys", "write {positive: ..., negative: ...}")
-    method = value.get("method", "difference_of_means")
-    if not isinstance(method, str) or method not in _METHODS:
-        raise fault(f"unknown method {method!r}", nearest(str(method), _METHODS))
-    if "method" not in value:
-        for name, record in _METHODS.items():
-            required = {key for key, field in record.model_fields.items() if field.is_required()} - {"method"}
-            if name != "difference_of_means" and required <= set(value):
-                raise fault("the key 'method' is missing", f"add method: {name}")
-    return value
-
-
-DirectionSpec = Annotated[
-    Annotated[DifferenceOfMeans, Tag("difference_of_means")]
-    | Annotated[Difference, Tag("difference")]
-    | Annotated[Orthogonalised, Tag("orthogonalised")]
-    | Annotated[Random, Tag("random")],
-    Discriminator(
-        lambda value: (
-            value.get("method", "difference_of_means") if isinstance(value, dict) else getattr(value, "method", None)
-        )
-    ),
-    BeforeValidator(_method),
-]
-
-
-class ProjectionsSpec(Strict):
-    """Projections of rows on directions: h . v_hat at every layer of the direction's component."""
-
-    prompts: Names
-    directions: Literal["all"] | Names = "all"
-    position: Position = "prompt_end"
-    responses: str | None = None
-
-
-class Geometry(Strict):
-    cosines: Literal["all"] | Annotated[list[str], AfterValidator(distinct)] = "all"
-    projections: list[ProjectionsSpec] = []
 
 
 class MatchNorm(Strict):
@@ -353,8 +259,7 @@ class Replay(Strict):
     @field_validator("seeds")
     @classmethod
     def _useful(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise fault("a seed is named twice", "name each one once")
+        distinct_seeds(seeds)
         decoding = info.data.get("decoding")
         if len(seeds) > 1 and decoding is not None and decoding.greedy:
             remedy = "set replay.decoding.temperature above 0, or keep one seed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,10 @@ from store.conditions import directions_used, expand_sweeps
 from store.errors import StudyError
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
-from store.study import (
-    Add,
-    CaptureEntry,
-    Difference,
-    DifferenceOfMeans,
-    MatchNorm,
-    Orthogonalised,
-    Random,
-    Study,
-)
+from store.study import Add, CaptureEntry, MatchNorm, ProjectOut, Study
+from store.study_directions import RandomMatched, Reading, component_in, reads
+from store.study_directions import references as references
+from store.study_names import expand_directions, families, spelt_out
 from store.yaml_file import KeyPath, dotted, line_of, nearest, read_yaml, validation_error
 
 DOCUMENTATION = "studies/demo.yaml"
@@ -33,8 +27,8 @@ DOCUMENTATION = "studies/demo.yaml"
 class _Checker:
     """Cross-references of a study; every complaint carries file, line and key path."""
 
-    def __init__(self, study: Study, node: yaml.Node):
-        self.study, self.node = study, node
+    def __init__(self, study: Study, node: yaml.Node, family_of: Mapping[str, str]):
+        self.study, self.node, self.family_of = study, node, family_of
         traits = {f"{name}.{side}" for name in study.traits for side in ("positive", "negative")}
         parts = {f"{n}@{p}" for n, source in study.prompts.items() if source.split for p in source.split.parts}
         self.prompt_sets = set(study.prompts) | parts | traits
@@ -46,6 +40,9 @@ class _Checker:
         )
 
     def fail(self, problem: str, path: KeyPath, remedy: str) -> typing.NoReturn:
+        # The file has the family, not its members.
+        if len(path) > 1 and path[0] == "directions" and path[1] in self.family_of:
+            path = (path[0], self.family_of[str(path[1])], *path[2:])
         file = f"{self.study.file}:{line_of(self.node, path)}"
         raise StudyError(problem, file=file, key=dotted(path), remedy=remedy)
 
@@ -136,15 +133,21 @@ class _Checker:
             for i, (key, other) in enumerate(named):
                 if other in [earlier for _, earlier in named[:i]]:
                     self.fail(f"{other!r} is taken from itself: nothing is left", (*path, key), "name another one")
-            if isinstance(spec, DifferenceOfMeans):
+            if isinstance(spec, Reading | RandomMatched):
                 self.responses(spec.responses, path)
-                for side, names in (("positive", spec.positive), ("negative", spec.negative)):
-                    self.prompts(names, (*path, side))
-                    self.captured(names, spec.component, spec.position, spec.responses, (*path, side))
-                for shared in [name for name in spec.negative if name in spec.positive]:
-                    self.fail(f"{shared!r} is on both sides", (*path, "negative"), "name it on one side")
+            sides = reads(spec)
+            for side, names in sides:
+                self.prompts(names, (*path, side))
+            for side, names in sides[1:]:
+                for shared in [other for other in names if other in sides[0][1]]:
+                    self.fail(f"{shared!r} is on both sides", (*path, side), "name it on one side")
         for name in specs:
             self.acyclic(name, ())
+        for name, spec in specs.items():
+            if isinstance(spec, Reading | RandomMatched):
+                for side, names in reads(spec):
+                    where_read = (component_of(self.study, name), spec.position, spec.responses)
+                    self.captured(names, *where_read, ("directions", name, side))
         for name, spec in specs.items():
             components = {component_of(self.study, other): key for key, other in references(spec)}
             if len(components) > 1:
@@ -158,7 +161,7 @@ class _Checker:
             self.fail(f"directions depend on each other: {loop}", ("directions", name), "break the loop")
         spec = self.study.directions[name]
         needed = [other for _, other in references(spec)]
-        if isinstance(spec, DifferenceOfMeans) and spec.responses is not None:
+        if isinstance(spec, Reading | RandomMatched) and spec.responses is not None:
             assert self.study.replay is not None
             interventions = self.study.replay.conditions[spec.responses.partition("[")[0]]
             needed += sorted(directions_used(interventions) & set(self.study.directions))
@@ -167,19 +170,35 @@ class _Checker:
 
     def geometry(self) -> None:
         geometry, specs = self.study.geometry, self.study.directions
-        if geometry.cosines != "all":
-            for name in geometry.cosines:
-                self.known("direction", name, specs, ("geometry", "cosines"))
+        named: list[tuple[KeyPath, Iterable[str]]] = [
+            (("cosines",), [] if geometry.cosines == "all" else geometry.cosines),
+            *((("alignment", i, "pair"), item.pair) for i, item in enumerate(geometry.alignment)),
+            *((("explained_variance", n, "directions"), s.directions) for n, s in geometry.explained_variance.items()),
+        ]
+        if geometry.cosine_nulls is not None:
+            named.append((("cosine_nulls", "directions"), geometry.cosine_nulls.directions))
+        for here, names in named:
+            for name in [] if names == "all" else names:
+                self.known("direction", name, specs, ("geometry", *here))
+        for name, separability in geometry.separability.items():
+            path: KeyPath = ("geometry", "separability", name)
+            self.responses(separability.responses, path)
+            for side, names in (("positive", separability.positive), ("negative", separability.negative)):
+                self.prompts(names, (*path, side))
+            for direction in list(specs) if separability.directions == "all" else separability.directions:
+                self.known("direction", direction, specs, (*path, "directions"))
+                read = (component_of(self.study, direction), separability.position, separability.responses)
+                for side, names in (("positive", separability.positive), ("negative", separability.negative)):
+                    self.captured(names, *read, (*path, side))
         for index, projection in enumerate(geometry.projections):
-            path: KeyPath = ("geometry", "projections", index)
+            path = ("geometry", "projections", index)
             self.prompts(projection.prompts, (*path, "prompts"))
             self.responses(projection.responses, path)
-            names = list(specs) if projection.directions == "all" else projection.directions
-            for name in names:
+            for name in list(specs) if projection.directions == "all" else projection.directions:
                 self.known("direction", name, specs, (*path, "directions"))
                 component = component_of(self.study, name)
-                here = (*path, "prompts")
-                self.captured(projection.prompts, component, projection.position, projection.responses, here)
+                at = (*path, "prompts")
+                self.captured(projection.prompts, component, projection.position, projection.responses, at)
 
     def replay(self) -> None:
         if self.study.replay is None:
@@ -216,23 +235,9 @@ class _Checker:
                 self.known("direction", direction, specs, ("replay", "monitor", "directions"))
 
 
-def references(spec: object) -> list[tuple[str, str]]:
-    """Return (key, name) of the directions that a direction is computed from."""
-    if isinstance(spec, Difference):
-        return [("minuend", spec.minuend), ("subtrahend", spec.subtrahend)]
-    if isinstance(spec, Orthogonalised):
-        return [("direction", spec.direction), *(("orthogonal_to", name) for name in spec.orthogonal_to)]
-    if isinstance(spec, Random):
-        return [("match_norm", spec.match_norm)]
-    return []
-
-
 def component_of(study: Study, direction: str) -> str:
     """Return the site component at which a direction is read."""
-    spec = study.directions[direction]
-    while not isinstance(spec, DifferenceOfMeans):
-        spec = study.directions[references(spec)[0][1]]
-    return spec.component
+    return component_in(study.directions, direction)
 
 
 def captures_of(
@@ -258,13 +263,59 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         raise validation_error(error, Study, file, node, DOCUMENTATION) from None
     study = _with_absolute_paths(study.read_from(file), file)
-    checker = _Checker(study, node)
+    family_of = {member: name for name, its in families(study.directions).items() for member in its}
+    try:
+        study = _with_plain_names(study)
+    except ValueError as error:
+        here: KeyPath = ("directions", family_of.get(str(error), str(error)))
+        _Checker(study, node, family_of).fail(f"two specs define the direction {str(error)!r}", here, "rename one")
+    checker = _Checker(study, node, family_of)
     checker.files()
     checker.capture()
     checker.replay()
     checker.directions()
     checker.geometry()
     return study
+
+
+def _with_plain_names(study: Study) -> Study:
+    """Spell out families of directions and short forms of their names, in every list that may hold them.
+
+    Raises:
+        ValueError: naming a direction that two specs define.
+    """
+    of_family = families(study.directions)
+    specs = expand_directions(study.directions)
+
+    def plain(record: Any, key: str) -> Any:
+        named = getattr(record, key)
+        return record if named == "all" else record.model_copy(update={key: spelt_out(named, list(specs), of_family)})
+
+    old = study.geometry
+    geometry = plain(old, "cosines").model_copy(
+        update={
+            "projections": [plain(item, "directions") for item in old.projections],
+            "explained_variance": {name: plain(item, "directions") for name, item in old.explained_variance.items()},
+            "cosine_nulls": None if old.cosine_nulls is None else plain(old.cosine_nulls, "directions"),
+            "separability": {name: plain(item, "directions") for name, item in old.separability.items()},
+        }
+    )
+    replay = study.replay
+    if replay is not None:
+        conditions = {
+            name: spec.model_copy(
+                update={
+                    "interventions": [
+                        plain(item, "project_out") if isinstance(item, ProjectOut) else item
+                        for item in spec.interventions
+                    ]
+                }
+            )
+            for name, spec in replay.conditions.items()
+        }
+        monitor = None if replay.monitor is None else plain(replay.monitor, "directions")
+        replay = replay.model_copy(update={"conditions": conditions, "monitor": monitor})
+    return study.model_copy(update={"directions": specs, "geometry": geometry, "replay": replay})
 
 
 def _absolute(file: Path, path: str) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from store.errors import StudyError
 from store.layers import LayersValue, resolve_layer, resolve_layers
-from store.study import Add, DifferenceOfMeans, MatchNorm, Study
-from store.study_file import captures_of, references
+from store.study import Add, MatchNorm, Study
+from store.study_directions import RandomMatched, Reading, reads, references
+from store.study_file import captures_of, component_of
+from store.study_geometry import CosineNullsSpec, ExplainedVarianceSpec, SeparabilitySpec
 from store.yaml_file import where
 
 
@@ -18,9 +20,10 @@ def check_layers(study: Study, n_layers: int) -> None:
     """
     for index, entry in enumerate(study.capture):
         _resolve(study, entry.layers, n_layers, f"capture[{index}].layers")
+    computed = {name: direction_layers(study, name, n_layers) for name in study.directions}
+    _check_geometry(study, computed, n_layers)
     if study.replay is None:
         return
-    computed = {name: direction_layers(study, name, n_layers) for name in study.directions}
     for name, spec in study.replay.conditions.items():
         for index, item in enumerate(spec.interventions):
             key = f"replay.conditions.{name}.interventions[{index}]"
@@ -46,13 +49,14 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
         StudyError: if there is none.
     """
     spec = study.directions[name]
-    if isinstance(spec, DifferenceOfMeans):
-        each = []
-        for prompts in [*spec.positive, *spec.negative]:
-            entries = captures_of(study, prompts, spec.component, spec.position, spec.responses)
+    each = [direction_layers(study, other, n_layers) for _, other in references(spec)]
+    if isinstance(spec, Reading | RandomMatched):
+        component = component_of(study, name)
+        for prompts in [prompts for _, sets in reads(spec) for prompts in sets]:
+            entries = captures_of(study, prompts, component, spec.position, spec.responses)
             each.append({layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)})
-    else:
-        each = [direction_layers(study, other, n_layers) for _, other in references(spec)]
+    if isinstance(spec, RandomMatched):
+        each.append(set(_resolve(study, spec.layers, n_layers, f"directions.{name}.layers")))
     layers = set.intersection(*each)
     if not layers:
         raise StudyError(
@@ -62,6 +66,20 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
             remedy="capture its prompt sets at the same layers",
         )
     return layers
+
+
+def _check_geometry(study: Study, computed: dict[str, set[int]], n_layers: int) -> None:
+    geometry = study.geometry
+    asked: list[tuple[str, CosineNullsSpec | ExplainedVarianceSpec | SeparabilitySpec]] = []
+    if geometry.cosine_nulls is not None:
+        asked.append(("cosine_nulls", geometry.cosine_nulls))
+    asked += [(f"explained_variance.{name}", spec) for name, spec in geometry.explained_variance.items()]
+    asked += [(f"separability.{name}", spec) for name, spec in geometry.separability.items()]
+    for name, spec in asked:
+        key = f"geometry.{name}.layers"
+        layers = _resolve(study, spec.layers, n_layers, key)
+        if spec.layers != "all":
+            _require(study, list(computed) if spec.directions == "all" else spec.directions, layers, computed, key)
 
 
 def _require(study: Study, names: list[str], layers: list[int], computed: dict[str, set[int]], key: str) -> None:

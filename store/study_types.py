@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
 
 Scalar = str | int | float | bool | None
+
+
+class Strict(BaseModel):
+    """A frozen record that refuses keys it does not know, values of another kind ("3" or true for 3), and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _name(text: str) -> str:
@@ -39,6 +45,16 @@ def distinct(names: list[str]) -> list[str]:
     return names
 
 
+def distinct_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise fault("a seed is named twice", "name each one once")
+    return seeds
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _position(text: str) -> str:
     try:
         return check_position(text)
@@ -50,5 +66,6 @@ Name = Annotated[str, AfterValidator(_name)]
 StudyName = Annotated[str, AfterValidator(_study_name)]
 SetName = Annotated[str, AfterValidator(_set_name)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(distinct)]
+Listed = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(distinct)]  # or one text
 Position = Annotated[str, AfterValidator(_position)]
 CapturePosition = Annotated[str, AfterValidator(lambda text: text if text == ALL_TOKENS else _position(text))]

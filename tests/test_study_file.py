@@ -625,7 +625,8 @@ def records(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def test_the_demo_study_mentions_every_key() -> None:
     text = DEMO.read_text(encoding="utf-8")
     models = [Study, ModelRef, RaySettings]
-    models += [record for record in records(BaseModel) if record.__module__ in ("store.study", "store.layers")]
+    modules = ("store.study", "store.study_directions", "store.study_geometry", "store.layers")
+    models += [record for record in records(BaseModel) if record.__module__ in modules]
     missing = {
         f"{model.__name__}.{key}"
         for model in models
