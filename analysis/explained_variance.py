@@ -45,8 +45,9 @@ class ExplainedVarianceUnit:
         """Return a row per component: its share of variance, alone and with those before it, with bootstrap intervals.
 
         Directions that are near-duplicates are dropped first (`analysis.components.without_duplicates`). The bootstrap
-        draws directions with replacement, and its percentiles are the intervals. A sample with repetitions spans fewer
-        dimensions, so the first shares come out larger in it than in the estimate: `bootstrap_mean` shows by how much.
+        draws directions with replacement. A sample with repetitions spans fewer dimensions, so the first shares come
+        out larger in it than in the estimate (`bootstrap_mean` shows by how much), and plain percentiles would lie
+        beside the estimate. The intervals are the percentiles moved by that bias, within [0, 1].
 
         Raises:
             ResidError: if fewer than three directions are left.
@@ -70,8 +71,8 @@ class ExplainedVarianceUnit:
                 index = rng.integers(0, len(kept), len(kept))
             drawn[i] = explained(gram[np.ix_(index, index)], spec.centred)
         tail = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-        low, high = np.quantile(drawn, tail, axis=0)
-        cumulative_low, cumulative_high = np.quantile(np.cumsum(drawn, axis=1), tail, axis=0)
+        low, high = _interval(drawn, shares, tail)
+        cumulative_low, cumulative_high = _interval(np.cumsum(drawn, axis=1), np.cumsum(shares), tail)
         names = [item.name for item in self.directions]
         duplicates = {names[i]: names[at] for i, at in enumerate(keeper) if i != at}
         most = min(spec.k, len(kept) - spec.centred, first.vectors.shape[1])
@@ -99,6 +100,12 @@ class ExplainedVarianceUnit:
             for i in range(most)
         ]
         return pa.Table.from_pylist(records, schema=TABLES[self.table])
+
+
+def _interval(drawn: Floats, estimate: Floats, tail: list[float]) -> Floats:
+    """Return percentiles of samples [sample, item], moved so that their mean is the estimate: [bound, item]."""
+    moved: Floats = np.clip(np.quantile(drawn, tail, axis=0) - drawn.mean(axis=0) + estimate, 0.0, 1.0)
+    return moved
 
 
 def explained(gram: Floats, centred: bool) -> Floats:

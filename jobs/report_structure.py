@@ -24,11 +24,16 @@ UNTIL = 0.05  # p-values counted as small
 def alignments(source: Source) -> list[Html]:
     import numpy as np
 
-    from analysis.plots import layer_heatmap
+    from analysis.layer_plots import layer_heatmap
 
     sql = source.sql(ALIGNMENTS)
     body: list[Html] = []
-    for number, (key, group) in enumerate(groupby(source.ask(sql), key=lambda r: (r["direction_a"], r["direction_b"]))):
+    for number, (key, group) in enumerate(
+        groupby(
+            in_order(source, source.ask(sql), "direction_a", "direction_b"),
+            key=lambda r: (r["direction_a"], r["direction_b"]),
+        )
+    ):
         records = list(group)
         rows, columns = (sorted({record[f"layer_{side}"] for record in records}) for side in "ab")
         values = np.full((len(rows), len(columns)), np.nan)
@@ -53,7 +58,7 @@ def nulls(source: Source) -> list[Html]:
 
     sql = source.sql(COSINE_NULLS)
     pairs: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
-    for record in source.ask(sql):
+    for record in in_order(source, source.ask(sql), "direction_a", "direction_b"):
         key = (record["direction_a"], record["direction_b"], record["component"])
         pairs.setdefault(key, {}).setdefault(record["null"], []).append(record)
     if not pairs:
@@ -124,8 +129,10 @@ def explained_variance(source: Source) -> list[Html]:
         text += f", {mine[0]['resamples']} bootstrap samples of directions. "
         text += f"Near-duplicates dropped at some layer: {', '.join(dropped)}. " if dropped else ""
         lift = mine[0]["bootstrap_mean"] - mine[0]["share"]
-        text += "Samples repeat directions, which lifts the first shares: PC1 by "
-        notes.append(page.note(text + f"{lift:.3f} on average at layer {middle}; the intervals share that lift."))
+        text += (
+            f"Samples repeat directions, which lifts the share of PC1 by {lift:.3f} at layer {middle}; the intervals "
+        )
+        notes.append(page.note(text + "are corrected for that."))
     if not body:
         return [_missing(source, "explained variance", "explained_variance: {all: {directions: all}}")]
     return [*body, *notes, page.sql(sql)]
@@ -135,9 +142,11 @@ def separability(source: Source) -> list[Html]:
     from analysis.plots import Panel, line_panels
 
     sql = source.sql(SEPARABILITY)
+    records_of_all = in_order(source, source.ask(sql), "direction", first=("analysis", "position"))
+    drawn_by_chance = {record["direction"] for record in source.directions if record["method"].startswith("random")}
     body: list[Html] = []
     rows = []
-    for number, (key, group) in enumerate(groupby(source.ask(sql), key=lambda r: (r["analysis"], r["position"]))):
+    for number, (key, group) in enumerate(groupby(records_of_all, key=lambda r: (r["analysis"], r["position"]))):
         curves: dict[str, list[Record]] = {}
         for record in group:
             curves.setdefault(record["direction"], []).append(record)
@@ -145,10 +154,13 @@ def separability(source: Source) -> list[Html]:
         for style, (name, records) in enumerate(curves.items()):
             label = name if records[0]["held_out"] else f"{name} (not held out)"
             if style < CURVES:
-                aucs.append(_band(label, "layer", records, "auc", "auc_low", "auc_high", style))
+                control = name in drawn_by_chance
+                aucs.append(_band(label, "layer", records, "auc", "auc_low", "auc_high", style, control))
                 varying = [record for record in records if record["d_prime_low"] is not None]
                 if varying:
-                    primes.append(_band(label, "layer", varying, "d_prime", "d_prime_low", "d_prime_high", style))
+                    primes.append(
+                        _band(label, "layer", varying, "d_prime", "d_prime_low", "d_prime_high", style, control)
+                    )
             middle = records[len(records) // 2]
             counts = (middle["n_positive"], middle["n_negative"], middle["n_training"])
             interval = f"{as_number(middle['auc_low'], 3)} to {as_number(middle['auc_high'], 3)}"
@@ -161,24 +173,43 @@ def separability(source: Source) -> list[Html]:
     if not body:
         remedy = "separability: {name: {positive: harmful@test, negative: harmless@test}}"
         return [_missing(source, "separability with intervals", remedy)]
-    text = "AUC: how often a positive row lies above a negative one. Bands: 95% bootstrap over prompt texts. "
-    text += (
-        "A direction is held out if none of these prompts is one that it was computed from. The table shows the middle "
-    )
+    text = "AUC: how often a positive row lies above a negative one. Bands: 95% bootstrap over prompt texts; dashed: "
+    text += "random directions, whose intervals are in SQL. A direction is held out if it was computed from none of "
+    text += "these prompts. The table shows the middle layer, chosen without looking."
     heads = ["analysis", "direction", "#n positive", "#n negative", "#prompts it was computed from", "#layer", "#AUC"]
     return [
         *body,
-        page.note(text + "layer, chosen without looking."),
+        page.note(text),
         page.table([*heads, "#95% interval"], rows),
         page.sql(sql),
     ]
 
 
-def _band(label: str, along: str, records: Sequence[Record], y: str, low: str, high: str, style: int) -> Line:
+def in_order(source: Source, records: list[Record], *columns: str, first: Sequence[str] = ()) -> list[Record]:
+    """Sort records so that directions come in the study's order."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(record["direction"] for record in source.directions))}
+
+    def place(record: Record) -> list[object]:
+        return [*(record[column] for column in first), *(order.get(record[column], len(order)) for column in columns)]
+
+    return sorted(records, key=place)
+
+
+def _band(
+    label: str,
+    along: str,
+    records: Sequence[Record],
+    y: str,
+    low: str,
+    high: str,
+    style: int,
+    control: bool = False,
+) -> Line:
     from analysis.plots import Line
 
-    columns = ([record[column] for record in records] for column in (along, y, low, high))
-    x, values, lows, highs = columns
+    x, values, lows, highs = ([record[column] for record in records] for column in (along, y, low, high))
+    if control:
+        return Line(label, x, values, style, control=True)
     return Line(label, x, values, style, lows, highs)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMOLLM2
 from test_jobs import Change, Project, Resid, resid, tiny_folder
 
 from jobs.context import Context
@@ -178,3 +179,47 @@ def test_what_waits_says_for_which_directions(project: Project, resid: Resid) ->
     assert "geometry.alignment: no directions late yet" in printed
     assert project.ask("SELECT count(*) AS n FROM explained_variance")[0]["n"] == 0
     assert json.dumps(project.ask("SELECT DISTINCT direction_a FROM alignments")) == '[{"direction_a": "refusal"}]'
+
+
+def test_on_the_real_model_everything_equals_numpy_on_the_cached_rows(
+    tmp_path: Path, smollm2: Any, resid: Resid
+) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    from store.activations import ActivationStore
+
+    project = Project(tmp_path, SMOLLM2)  # type: ignore[arg-type]
+    project.write(extended)
+    stages(project, resid, "capture", "directions", "geometry")
+    store = ActivationStore.open(str(tmp_path / "store"))
+    directions = known_directions(Context(load_study(project.study)))
+    sets = {
+        name: store.select(prompts=name).to_numpy().astype(np.float64)
+        for name in ("bad@train", "good@train", "bad@test", "good@test", "bad")
+    }
+    matched_rows = np.concatenate([sets["good@test"], sets["bad"]])
+    for layer in range(30):
+        refusal = sets["bad@train"][:, layer].mean(axis=0) - sets["good@train"][:, layer].mean(axis=0)
+        assert directions["refusal"].at(layer) == pytest.approx(refusal, rel=1e-5, abs=1e-6 * np.abs(refusal).max())
+        contrasts = sets["bad@train"][:, layer] - sets["good@train"][:, layer].mean(axis=0)
+        _, vectors = np.linalg.eigh(contrasts @ contrasts.T)
+        for i in (1, 2, 3):
+            vector = vectors[:, -i] @ contrasts
+            vector = vector / np.linalg.norm(vector)
+            assert directions[f"pc.{i}"].unit(layer) == pytest.approx(vector * np.sign(vector @ refusal), abs=1e-5)
+        energies = {
+            name: np.mean([(h @ directions[name].unit(layer)) ** 2 for h in matched_rows[:, layer]])
+            for name in ("refusal", "matched.7", "matched.13")
+        }
+        assert energies["matched.7"] == pytest.approx(energies["refusal"], rel=1e-3)
+        assert energies["matched.13"] == pytest.approx(energies["refusal"], rel=1e-3)
+        assert abs(directions["matched.7"].unit(layer) @ directions["refusal"].unit(layer)) < 1e-6
+        (row,) = project.ask(f"FROM separability WHERE analysis = 'test' AND direction = 'refusal' AND layer = {layer}")
+        sides = [sets[name][:, layer] @ directions["refusal"].unit(layer) for name in ("bad@test", "good@test")]
+        assert row["auc"] == pytest.approx(roc_auc_score([1] * 4 + [0] * 4, np.concatenate(sides)), abs=1e-9)
+        (cosine,) = project.ask(
+            f"SELECT cosine FROM alignments WHERE layer_a = {layer} AND layer_b = 29 AND direction_b = 'pc.1'"
+        )
+        assert cosine["cosine"] == pytest.approx(
+            directions["refusal"].unit(layer) @ directions["pc.1"].unit(29), abs=1e-12
+        )

@@ -19,6 +19,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from analysis import page, plots
+from analysis.layer_plots import layer_heatmap
 from jobs.report import add_arguments, report_page, run
 from jobs.report_source import Source, with_controls
 from jobs.report_sql import AUROC
@@ -660,5 +661,7 @@ def test_a_figure_of_nothing_is_refused() -> None:
         plots.rate_dots("x", [], "refused (%)", "texts")
     with pytest.raises(ValueError, match="square"):
         plots.heatmap("x", ["a"], np.zeros((2, 2)), "t", "about")
+    with pytest.raises(ValueError, match="2 x 1 values"):
+        layer_heatmap("x", [0, 1], [3], np.zeros((1, 2)), "a", "b", "about")
     with pytest.raises(ValueError, match="no figure"):
         page.figure("<p>")
