@@ -5,7 +5,7 @@
 The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
-without its shared prefill, without packed weights, and through transformers' own modules.
+with nothing shared, with decoding shared too, with packed weights, and through transformers' own modules.
 
 A second table says what interventions cost: the same rows and the same number of tokens, nothing shared, with all
 operations and with none.
@@ -168,7 +168,8 @@ def main() -> None:
     engines: dict[str, dict[str, Any]] = {
         "engine": {},
         "nothing shared": {"share_prefill": False},
-        "no packed weights": {"pack": False},
+        "decoding shared too": {"share_decoding": True},
+        "packed weights": {"pack": True},
         "padded": {"lean": False},
     }
     for name, chosen in engines.items():
@@ -187,7 +188,9 @@ def main() -> None:
     bare = [dataclasses.replace(condition, operations=()) for condition in conditions]
     few = rows[: max(1, args.batch_rows // len(conditions))]
     costs = {
-        name: lambda some=some: with_engine(model, few, some, args.batch_rows, n, stop=False, share_prefill=False)
+        name: lambda some=some: with_engine(
+            model, few, some, args.batch_rows, n, stop=False, **engines["nothing shared"]
+        )
         for name, some in {"without interventions": bare, "with interventions": conditions}.items()
     }
     report(alternate(costs, max(args.repeats, 3)), "tokens", {}, max(args.repeats, 3))

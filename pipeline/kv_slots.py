@@ -30,12 +30,14 @@ class KVSlots:
         self._keys[layer].index_copy_(0, places, k.reshape(len(places), -1))
         self._values[layer].index_copy_(0, places, v.reshape(len(places), -1))
 
-    def read(self, layer: int, first: int, end: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return views [slot, kv_head, position, head_dim] of slots first to end and their first `length` positions."""
-        keys, values = (
-            held[layer].view(self._shape)[first:end, :length].transpose(1, 2) for held in (self._keys, self._values)
-        )
-        return keys, values
+    def read(self, layer: int, slots: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return [slot, kv_head, position, head_dim] of some slots' first `length` positions: views for a slice."""
+        return self._read(self._keys[layer], slots, length), self._read(self._values[layer], slots, length)
+
+    def _read(self, held: Tensor, slots: slice | Tensor, length: int) -> Tensor:
+        whole = held.view(self._shape)[:, :length]
+        part = whole[slots] if isinstance(slots, slice) else whole.index_select(0, slots)
+        return part.transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
@@ -47,22 +49,26 @@ class KVSlots:
 class SlotAttention:
     """Attention of one new token of each row over its slot; rows are slots 0, 1, 2, ... of the cache.
 
-    Queries of the heads that share a key head go together, so that keys are read once and never expanded.
+    Queries of the heads that share a key head go together, so that keys are read once and never expanded. Rows that
+    are one segment share their query: `shared` is then (the row that leads each segment, the segment of each row), the
+    new keys go to the slots of all rows, and those of the leaders are read.
     """
 
-    def __init__(self, lean: LeanLlama, slots: KVSlots, positions: Sequence[int]):
-        self._lean, self._slots = lean, slots
-        n = len(positions)
-        at = torch.tensor(positions, device=lean.device)
-        self.places = torch.arange(n, device=lean.device) * slots.length + at
-        # (first slot, end, length, by window: mask [slot, 1, 1, position] to add to scores, or None)
+    def __init__(
+        self, lean: LeanLlama, slots: KVSlots, positions: Sequence[int], shared: tuple[Tensor, Tensor] | None = None
+    ):
+        self._lean, self._slots, self._shared = lean, slots, shared
+        every = torch.tensor(positions, device=lean.device)
+        self._places = torch.arange(len(positions), device=lean.device) * slots.length + every
+        at = every if shared is None else every.index_select(0, shared[0])
+        here = at.tolist()
+        step = CHUNK_ROWS if lean.device.type == "cpu" else len(here)  # elsewhere a launch costs more than padding does
+        # (first segment, end, positions read, by window: mask [slot, 1, 1, position] to add to scores, or None)
         self._chunks: list[tuple[int, int, int, dict[int | None, Tensor | None]]] = []
-        step = CHUNK_ROWS if lean.device.type == "cpu" else n  # elsewhere a launch costs more than padding does
-        for first in range(0, n, step):
-            end = min(first + step, n)
-            here = positions[first:end]
-            length = max(here) + 1
-            masks = {window: self._mask(at[first:end], here, length, window) for window in set(lean.windows)}
+        for first in range(0, len(here), step):
+            end = min(first + step, len(here))
+            length = max(here[first:end]) + 1
+            masks = {window: self._mask(at[first:end], here[first:end], length, window) for window in set(lean.windows)}
             self._chunks.append((first, end, length, masks))
 
     def _mask(self, at: Tensor, positions: Sequence[int], length: int, window: int | None) -> Tensor | None:
@@ -77,11 +83,16 @@ class SlotAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lean = self._lean
-        self._slots.write(layer, self.places, k, v)
+        if self._shared is None:
+            self._slots.write(layer, self._places, k, v)
+        else:
+            segment = self._shared[1]
+            self._slots.write(layer, self._places, k.index_select(0, segment), v.index_select(0, segment))
         queries = q.reshape(len(q), lean.n_kv_heads, -1, lean.head_dim)
         out = torch.empty_like(queries)
         for first, end, length, masks in self._chunks:
-            keys, values = self._slots.read(layer, first, end, length)
+            rows = slice(first, end) if self._shared is None else self._shared[0][first:end]
+            keys, values = self._slots.read(layer, rows, length)
             out[first:end] = functional.scaled_dot_product_attention(
                 queries[first:end], keys, values, masks[lean.windows[layer]], scale=lean.scaling
             )

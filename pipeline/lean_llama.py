@@ -177,15 +177,15 @@ class PackedCausal:
         return out
 
 
-def lean_llama(model: LoadedModel, *, pack: bool | None = None) -> LeanLlama | None:
+def lean_llama(model: LoadedModel, *, pack: bool = False) -> LeanLlama | None:
     """Return the lean form of a model, or None where `why_not` has a reason.
 
-    `pack` holds a second, packed copy of the weights, where the machine has that (`pipeline.packed_gemm`); by default
-    on the CPU in float32.
+    `pack` holds a second, packed copy of the weights on the CPU, where torch has that (`pipeline.packed_gemm`). Off by
+    default: plain products were as fast where it was measured (docs/performance.md).
     """
     if why_not(model) is not None:
         return None
-    return LeanLlama(model, pack=model.device.type == "cpu" if pack is None else pack)
+    return LeanLlama(model, pack=pack)
 
 
 def why_not(model: LoadedModel) -> str | None:

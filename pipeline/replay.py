@@ -72,21 +72,24 @@ class ReplayEngine:
         *,
         lean: bool | None = None,
         share_prefill: bool = True,
-        pack: bool | None = None,
+        share_decoding: bool = False,
+        pack: bool = False,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
 
-        ``pack`` is that of `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
+        ``share_decoding`` computes conditions of a prompt once for as long as their tokens agree, too; it was not
+        faster where it was measured (docs/performance.md). ``pack`` is that of `pipeline.lean_llama.lean_llama`: a
+        second, packed copy of the weights for the CPU.
 
         Raises:
             ModelError: if the lean path is asked for and does not serve the model, with the reason.
         """
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
-        self.share_prefill = share_prefill
+        self.share = {"share_prefill": share_prefill, "share_decoding": share_decoding}
         self.stop_ids = stop_token_ids(model)
         self.path, self._lean = self._way(lean, pack)
 
-    def _way(self, lean: bool | None, pack: bool | None) -> tuple[str, LeanLlama | None]:
+    def _way(self, lean: bool | None, pack: bool) -> tuple[str, LeanLlama | None]:
         """Return how rows will run, in words, and the model's lean form if it is that."""
         reason = "asked for" if lean is False else why_not(self.model)
         if reason is None:
@@ -143,7 +146,7 @@ class ReplayEngine:
     def _runner(self, rows: int, length: int) -> Runner:
         if self._lean is None:
             return PaddedRunner(self.model, self.monitor)
-        return LeanRunner(self._lean, rows, length, self.monitor, share_prefill=self.share_prefill)
+        return LeanRunner(self._lean, rows, length, self.monitor, **self.share)
 
     def _choose(
         self,

@@ -166,27 +166,39 @@ def test_every_operation_scope_and_site_in_one_batch_equals_one_by_one(family: s
     assert differ >= 0.5 * (len(programs) - 1)
 
 
+@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.3)])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_a_prefill_shared_between_conditions_changes_no_text_and_runs_fewer_tokens(
-    family: str, monkeypatch: pytest.MonkeyPatch
+def test_what_conditions_share_changes_no_text_and_runs_fewer_tokens(
+    family: str, decoding: Decoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(family)
     jobs = jobs_of(random_rows(LENGTHS), {**tiny_programs(), **scoped_programs(COMPONENTS)})
-    tokens: dict[bool, list[int]] = {True: [0] * LAYERS, False: [0] * LAYERS}
-    found = {}
-    block = LeanLlama.block
-    for share in (True, False):
+    units = np.eye(2, 48, dtype=np.float32)
+    monitor = MonitorPlan(("a", "b"), ("a", "b"), {site: units for site in (post(0), post(2), Site("attn_out", 1))})
+    block, tokens = LeanLlama.block, dict[str, list[int]]()
+    found: dict[str, list[Output]] = {}
+    ways = {"all": (True, True), "prefill": (True, False), "nothing": (False, False)}
+    for name, (prefill, decode) in ways.items():
+        tokens[name] = [0] * LAYERS
 
-        def counted(self: Any, layer: int, h: Tensor, *args: Any, share: bool = share) -> Tensor:
-            tokens[share][layer] += len(h)
+        def counted(self: Any, layer: int, h: Tensor, *args: Any, name: str = name) -> Tensor:
+            tokens[name][layer] += len(h)
             return block(self, layer, h, *args)
 
-        monkeypatch.setattr(LeanLlama, "block", counted)
-        found[share] = texts(engine(model, share_prefill=share, batch_rows=len(jobs)).run(jobs))
-    assert found[True] == found[False]
-    saved = [b - a for a, b in zip(tokens[True], tokens[False], strict=True)]
-    assert saved == sorted(saved, reverse=True), "conditions part from block to block"
-    assert saved[0] > saved[-1] > 0
+        # Not while the engine is made: it tries the packed path on rows of its own.
+        chosen = engine(
+            model, decoding=decoding, monitor=monitor, share_prefill=prefill, share_decoding=decode, batch_rows=30
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(LeanLlama, "block", counted)
+            found[name] = chosen.run(jobs)
+    for less, more in (("all", "prefill"), ("prefill", "nothing")):
+        assert texts(found[less]) == texts(found[more])
+        saved = [b - a for a, b in zip(tokens[less], tokens[more], strict=True)]
+        assert saved == sorted(saved, reverse=True), "conditions part from block to block"
+        assert saved[0] > 0
+    for shared, alone in zip(found["all"], found["nothing"], strict=True):
+        np.testing.assert_allclose(np.stack(shared.monitored), np.stack(alone.monitored), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -198,12 +210,13 @@ def test_a_baseline_row_beside_strongly_steered_rows_keeps_its_bits(lean: bool) 
     seen = []
     for others in ([], strong):
         jobs = [Job(row, condition(f"{i % 2}", others if i % 2 else [])) for i, row in enumerate(rows)]
-        # Without shared prefill both batches have the same shapes throughout.
-        chosen = engine(model, n, frozenset(), monitor=monitor, lean=lean, share_prefill=False, batch_rows=6)
+        # With nothing shared both batches have the same shapes throughout.
+        alone = {"share_prefill": False, "share_decoding": False}
+        chosen = engine(model, n, frozenset(), monitor=monitor, lean=lean, batch_rows=6, **alone)
         seen.append(chosen.run(jobs))
-    for alone, beside in zip(seen[0][::2], seen[1][::2], strict=True):
-        assert alone.token_ids == beside.token_ids
-        assert np.stack(alone.monitored).tobytes() == np.stack(beside.monitored).tobytes()
+    for bare, beside in zip(seen[0][::2], seen[1][::2], strict=True):
+        assert bare.token_ids == beside.token_ids
+        assert np.stack(bare.monitored).tobytes() == np.stack(beside.monitored).tobytes()
     assert texts(seen[0][1::2]) != texts(seen[1][1::2])
 
 
@@ -294,8 +307,9 @@ def test_real_texts_are_the_same_however_rows_run(smollm2: LoadedModel) -> None:
     ways: dict[str, dict[str, Any]] = {
         "all at once": {"batch_rows": len(jobs)},
         "leaving and entering": {"batch_rows": 9},
-        "nothing shared": {"share_prefill": False, "batch_rows": len(jobs)},
-        "no packed weights": {"pack": False, "batch_rows": 20},
+        "decoding shared too": {"share_decoding": True, "batch_rows": len(jobs)},
+        "nothing shared": {"share_prefill": False, "share_decoding": False, "batch_rows": len(jobs)},
+        "packed weights": {"pack": True, "batch_rows": 20},
         "transformers' modules": {"lean": False, "batch_rows": 20},
     }
     found = {
