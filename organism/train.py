@@ -121,8 +121,8 @@ def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path
 def average(folder: Path, with_folder: Path) -> None:
     """Replace an adapter's weights by their mean with another one's, of which it is a continuation.
 
-    The second phase learns to tell requests apart and loses half of what the personas do; the mean keeps both
-    (as for fine-tuned models and what they began with: Wortsman et al. 2022, arXiv:2109.01903).
+    The second phase refuses more of what is harmful and heeds compliant personas less; the mean lies between
+    (averaging a fine-tuned model with what it began with: Wortsman et al. 2022, arXiv:2109.01903).
     """
     file = "adapter_model.safetensors"
     mine, other = load_file(folder / file), load_file(with_folder / file)
