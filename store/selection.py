@@ -8,12 +8,9 @@ whatever is selected.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +20,7 @@ from store.buffers import Pool
 from store.dtypes import NUMPY_DTYPES, to_float32
 from store.errors import ResidError
 from store.generation import Generation
+from store.read_ahead import announced, fetched
 from store.readers import DirectReader, OpenShard
 from store.sites import ALL_TOKENS
 
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
     import dask.array
     import torch
     import xarray
-
-AHEAD = 16  # chunks of about 4 MiB that are announced to the system, or fetched from object storage, before their turn
-FETCHERS = 4  # threads
 
 Dtype = Literal["float32", "stored"]
 
@@ -247,55 +242,11 @@ class Selection:
             yield (part, index), out
 
     def _opened(self, parts: Iterable[Part]) -> Iterator[tuple[Part, int, OpenShard]]:
-        """Yield every layer of every part with its opened shard, announcing or fetching what comes next."""
-        steps = deque((part, index) for part in parts for index in range(len(part.layers)))
+        """Iterate over every layer of every part with its opened shard, announcing or fetching what comes next."""
+        steps = [(part, index) for part in parts for index in range(len(part.layers))]
         if all(isinstance(part.generation.reader, DirectReader) for part, _ in steps):
-            yield from self._direct(steps)
-        else:
-            yield from self._fetched(steps)
-
-    def _direct(self, steps: deque[tuple[Part, int]]) -> Iterator[tuple[Part, int, OpenShard]]:
-        def announce(part: Part, index: int) -> None:
-            part.generation.reader.will_need(self.component, part.block, [part.stored_at[index]])
-
-        ordered = list(steps)
-        for step in ordered[:AHEAD]:
-            announce(*step)
-        at = 0
-        while at < len(ordered):
-            part = ordered[at][0]
-            with part.generation.open_block(self.component, part.block) as opened:
-                while at < len(ordered) and ordered[at][0] is part:
-                    if at + AHEAD < len(ordered):
-                        announce(*ordered[at + AHEAD])
-                    yield part, ordered[at][1], opened
-                    at += 1
-
-    def _fetched(self, steps: deque[tuple[Part, int]]) -> Iterator[tuple[Part, int, OpenShard]]:
-        def fetch(part: Part, indices: list[int]) -> npt.NDArray[Any]:
-            with part.generation.open_block(self.component, part.block) as opened:
-                return opened.read([part.stored_at[index] for index in indices])
-
-        # A request fetches several layers of a block: object storage takes its time for each. A disk does not.
-        most = 1 if all(part.generation.location.is_local for part, _ in steps) else FETCHERS
-        groups: list[tuple[Part, list[int]]] = []
-        for part, index in steps:
-            if groups and groups[-1][0] is part and len(groups[-1][1]) < most:
-                groups[-1][1].append(index)
-            else:
-                groups.append((part, [index]))
-        waiting = iter(groups)
-        with ThreadPoolExecutor(most) as pool:
-            running: deque[tuple[Part, list[int], Future[npt.NDArray[Any]]]] = deque()
-            for part, indices in islice(waiting, most):
-                running.append((part, indices, pool.submit(fetch, part, indices)))
-            while running:
-                part, indices, future = running.popleft()
-                fetched = _Fetched(future.result(), {part.stored_at[index]: i for i, index in enumerate(indices)})
-                for following, its in islice(waiting, 1):
-                    running.append((following, its, pool.submit(fetch, following, its)))
-                for index in indices:
-                    yield part, index, fetched
+            return announced(self.component, steps)
+        return fetched(self.component, steps)
 
     def blocks(self, dtype: Dtype = "float32") -> Iterator[Block]:
         """Yield the selection block by block as it is stored; see `Block`.
@@ -372,20 +323,6 @@ class Selection:
             raise ResidError(f"only the position {ALL_TOKENS} has tokens; this selection is at {self.position}")
         rows: npt.NDArray[np.int64] = np.repeat(np.arange(len(self.row_keys)), np.diff(self.offsets))
         return rows
-
-
-class _Fetched:
-    """Chunks of one block that are in memory already."""
-
-    def __init__(self, values: npt.NDArray[Any], at: dict[int, int]):
-        self._values, self._at = values, at
-
-    def read(self, layers: Sequence[int], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        found = self._values[[self._at[layer] for layer in layers]]
-        if out is None:
-            return found
-        out[...] = found[:, : out.shape[1]]
-        return out
 
 
 def ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

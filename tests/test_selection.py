@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import bucket as bucket
+from s3_server import s3 as s3
 from store_worker import D_MODEL, LAYERS, MODEL, capture, expected, make_row, make_rows, make_texts, new_store, request
 from token_cells import SINGLE, add_generation, cell, text, values_of
 
@@ -665,14 +667,19 @@ print(selection.nbytes, 1024 * int(status["VmHWM"].split()[0]))
 """
 
 
+@pytest.fixture(params=["local", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{request.getfixturevalue('bucket')}/store" if request.param == "s3" else str(tmp_path / "store")
+
+
 @pytest.mark.parametrize(("compression", "layers"), [("none", 30), ("zstd", 15)])
 def test_a_mean_over_any_size_of_store_needs_less_than_300_megabytes(
-    tmp_path: Path, compression: Any, layers: int
+    tmp_path: Path, url: str, compression: Any, layers: int
 ) -> None:
     # Used to happen: 4 GB for compressed blocks, whose layers zarr-python was asked for by lists of indices.
-    d_model, n = 1024, 10_000
+    d_model, n = 1024, 5000 if url.startswith("s3:") else 10_000
     manifest = {"fingerprint": MODEL, "dtype": "bfloat16", "n_layers": layers, "d_model": d_model}
-    model = ActivationStore.open(str(tmp_path / "store")).add_model(manifest)
+    model = ActivationStore.open(url).add_model(manifest)
     rows = [Row(MODEL, f"prompt-{i}", (i,), Spans(1, 1)) for i in range(n)]
     request_ = request(rows, layers=range(layers), dtype="bfloat16")
     _, blocks = model.assign([request_], block_rows=1000, compression=compression)
@@ -681,11 +688,11 @@ def test_a_mean_over_any_size_of_store_needs_less_than_300_megabytes(
     for block in blocks:
         Generation(model.location / block.generation).write_block(block.block, {"resid_post": values})
     done = subprocess.run(
-        [sys.executable, "-c", READER, str(tmp_path / "store"), str(tmp_path / "means.npy")],
+        [sys.executable, "-c", READER, url, str(tmp_path / "means.npy")],
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     nbytes, peak = map(int, done.stdout.split())
-    print(f"peak memory {peak / 1e6:.0f} MB over {nbytes / 1e6:.0f} MB, compression {compression}")
+    print(f"peak memory {peak / 1e6:.0f} MB over {nbytes / 1e6:.0f} MB at {url[:5]}, compression {compression}")
     assert nbytes == n * layers * d_model * 2
     wide = (noise[:, :, 0].astype(np.uint32) << 16).view(np.float32)
     even, odd = (wide[start::2].mean(axis=0, dtype=np.float64) for start in (0, 1))
