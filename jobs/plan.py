@@ -80,11 +80,10 @@ def _kept(context: Context) -> list[str]:
 def _directions(context: Context) -> list[str]:
     total = len(context.study.directions)
     try:
-        current, tasks, waiting = current_directions(context)
+        current, _, waiting = current_directions(context)
     except MissingDataError:
         return [f"directions: {total} to compute once the capture is done", "geometry: after the directions"]
-    derived = total - len(current) - len(tasks) - len(waiting)
-    lines = [f"directions: {len(tasks) + derived} to compute, {len(current)} found"]
+    lines = [f"directions: {total - len(current) - len(waiting)} to compute, {len(current)} found"]
     lines += [f"  waits: direction {name!r}: {why}" for name, why in waiting.items()]
     try:
         groups, found, later = pending_projections(context, current)
