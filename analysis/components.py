@@ -94,9 +94,10 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
     """Return the wanted components of a contrast by name; see the module's text for contrast, sign and norm.
 
     Stability is the cosine, per layer, of the same component of two random halves (None where a half would have fewer
-    rows than components). Provenance holds per layer the component's share of the mean squared contrast (centred: of
-    its variance), and how much of the subspace of the first ones up to this two halves share: the mean squared cosine
-    of the principal angles, 1 for the same subspace.
+    rows than components). Near -1 the axis is stable and its sign is not: the contrast varies along it about zero.
+    Provenance holds per layer the component's share of the mean squared contrast (centred: of its variance), and how
+    much of the subspace of the first ones up to this two halves share: the mean squared cosine of the principal angles,
+    1 for the same subspace.
 
     Raises:
         MissingDataError: if a row is not captured.
