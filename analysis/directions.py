@@ -1,4 +1,4 @@
-"""Directions from cached activations: difference of means, differences, orthogonalised and random directions."""
+"""Directions from cached activations: difference of means, and directions that are derived from others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from analysis.components import RESOLUTION, components_of_directions, stacked, without_duplicates
 from analysis.means import group_means, matched_halves
 from store.activations import ActivationStore
 from store.conditions import orthonormal_basis
@@ -18,14 +19,11 @@ from store.errors import MismatchError, ResidError
 from store.fingerprint import fingerprint
 from store.location import Location
 from store.sites import Component
-from store.study import Difference, Orthogonalised, Random
+from store.study_directions import Derived, Difference, Orthogonalised, PrincipalDirections
 
 # Part of every key: raised when the arithmetic changes, so that results of two versions never pass as one.
 METHOD_VERSION = 2
 HALVES_SEED = 0
-# Activations are float32 at best, and batches change their last bits: what is this small beside the vectors that it is
-# the difference of is rounding, and its direction noise.
-RESOLUTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,11 @@ class MeansTask:
     layers: tuple[int, ...] | None = None
     matched: tuple[tuple[str, str], ...] = ()  # (row key, what it has in common with rows of the other side)
     kept: str | None = None  # JSON: of which answers the rows are those that count, for the provenance
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The key by the direction's name, as every task of directions has it."""
+        return {self.name: self.key}
 
     @property
     def key(self) -> str:
@@ -141,29 +144,32 @@ def cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
     return float(np.clip(a @ b / norms, -1.0, 1.0))
 
 
-def derived_key(spec: Difference | Orthogonalised | Random, parents: Mapping[str, Direction]) -> str:
+def derived_key(spec: Derived, parents: Mapping[str, Direction]) -> str:
     """Identify a derived direction by its rule and its parents' vectors and sites; no name counts."""
 
     def identity(name: str) -> str:
         parent = parents[name]
         return fingerprint([parent.digest, parent.layers, parent.model, parent.component, parent.position])
 
-    record = spec.model_dump()
+    record = spec.model_dump(exclude_none=True)
     for field, value in record.items():
         if field in ("minuend", "subtrahend", "direction", "match_norm"):
             record[field] = identity(value)
         elif field == "orthogonal_to":
             record[field] = sorted(identity(item) for item in value)
+        elif field == "directions":
+            record[field] = [identity(item) for item in value]  # of duplicates the first is kept
     return fingerprint({"version": METHOD_VERSION, **record})
 
 
-def derive(name: str, spec: Difference | Orthogonalised | Random, parents: Mapping[str, Direction]) -> Direction:
+def derive(name: str, spec: Derived, parents: Mapping[str, Direction]) -> Direction:
     """Compute a direction from others, layer by layer, on the layers that all of them have.
 
     Raises:
         MismatchError: if parents are of different models or components, or have no layer in common.
         ResidError: if the result is zero at a layer.
     """
+    more: dict[str, object] = {}
     if isinstance(spec, Difference):
         first, second = parents[spec.minuend], parents[spec.subtrahend]
         layers = _common(name, (first, second))
@@ -174,7 +180,11 @@ def derive(name: str, spec: Difference | Orthogonalised | Random, parents: Mappi
         first = parents[spec.direction]
         layers = _common(name, (first, *others))
         vectors = np.stack([orthogonalise(first.at(layer), [o.unit(layer) for o in others]) for layer in layers])
+    elif isinstance(spec, PrincipalDirections):
+        first = parents[spec.directions[0]]
+        layers, vectors, more = _component(name, spec, [parents[item] for item in spec.directions])
     else:
+        assert spec.seed is not None
         first = parents[spec.match_norm]
         layers = first.layers
         vectors = random_directions(layers, first.vectors.shape[1], spec.seed) * first.norms[:, None]
@@ -189,10 +199,29 @@ def derive(name: str, spec: Difference | Orthogonalised | Random, parents: Mappi
         vectors=vectors.astype(np.float32),
         provenance={
             "method_version": METHOD_VERSION,
-            "spec": spec.model_dump(),
+            "spec": spec.model_dump(exclude_none=True),
             "parents": {parent.name: parent.key for parent in parents.values()},
+            **more,
         },
     )
+
+
+def _component(
+    name: str, spec: PrincipalDirections, parents: Sequence[Direction]
+) -> tuple[tuple[int, ...], npt.NDArray[np.float64], dict[str, object]]:
+    """Return layers, the component with the spec's index at each, and its share and the number of directions there."""
+    assert spec.index is not None
+    layers = _common(name, parents)
+    vectors, shares, kept_counts = [], [], []
+    for layer in layers:
+        stack = stacked(parents, layer, spec.scale)
+        kept, _ = without_duplicates(stack, spec.duplicate_cosine)
+        what = f"direction {name!r} at {parents[0].component}.{layer}"
+        found, share = components_of_directions(stack[kept], spec.centred, spec.index, what)
+        vectors.append(found[-1])
+        shares.append(float(share[spec.index - 1]))
+        kept_counts.append(len(kept))
+    return layers, np.stack(vectors), {"share": shares, "n_directions": kept_counts}
 
 
 def orthogonalise(vector: npt.NDArray[np.float64], units: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:

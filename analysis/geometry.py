@@ -47,6 +47,39 @@ def cosines_table(study: str, directions: Sequence[Direction]) -> pa.Table:
     return pa.Table.from_pylist(records, schema=TABLES["cosines"])
 
 
+def alignments_table(study: str, pairs: Sequence[tuple[Direction, Direction]]) -> pa.Table:
+    """Return the signed cosine of the first of each pair at every layer with the second at every layer.
+
+    The two may be read at different components or positions, and may be the same direction.
+
+    Raises:
+        MismatchError: if directions are of different models.
+    """
+    tables = [TABLES["alignments"].empty_table()]
+    for a, b in pairs:
+        if a.model != b.model:
+            raise MismatchError("directions of different models have no cosine")
+        first, second = (np.stack([item.unit(layer) for layer in item.layers]) for item in (a, b))
+        cosines = np.clip(first @ second.T, -1.0, 1.0)
+        n = cosines.size
+        constant = {
+            "study": study,
+            "model": a.model,
+            "direction_a": a.name,
+            "direction_b": b.name,
+            "direction_key_a": a.key,
+            "direction_key_b": b.key,
+            "component_a": a.component,
+            "component_b": b.component,
+        }
+        columns = {key: pa.repeat(value, n) for key, value in constant.items()}
+        columns["layer_a"] = pa.array(np.repeat(np.array(a.layers, dtype=np.int32), len(b.layers)))
+        columns["layer_b"] = pa.array(np.tile(np.array(b.layers, dtype=np.int32), len(a.layers)))
+        columns["cosine"] = pa.array(cosines.reshape(-1))
+        tables.append(pa.table(columns).cast(TABLES["alignments"]))
+    return pa.concat_tables(tables)
+
+
 @dataclass(frozen=True)
 class ProjectionBlock:
     """Projections of the rows of one store block on one direction."""

@@ -21,6 +21,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
@@ -295,13 +296,21 @@ def heatmap(name: str, labels: Sequence[str], values: npt.NDArray[np.float64], t
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_title(title)
-        figure.colorbar(mesh, ax=axes, label="cosine (no unit)", shrink=0.8)
+        _colour_bar(figure, axes, mesh)
         if cell >= 0.36:
             for i, j in np.argwhere(np.isfinite(values)):
                 colour = "white" if abs(values[i, j]) > 0.62 else "#222222"
                 text = f"{values[i, j]:.2f}".replace("-", "\u2212")
                 axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color=colour)
         return _svg(figure, name, about)
+
+
+def _colour_bar(figure: Figure, axes: Axes, mesh: QuadMesh) -> None:
+    bar = figure.colorbar(mesh, ax=axes, label="cosine (no unit)", shrink=0.8)
+    # As an image, which many colours become by default, the page's policy would keep it from being shown.
+    assert bar.solids is not None
+    bar.solids.set_rasterized(False)
+    bar.solids.set_edgecolor("face")
 
 
 def clip(text: str, length: int = LABEL) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -240,32 +240,42 @@ class Context:
         """
         keys: dict[str, str] = {}
         for name in names:
-            rows = self._memberships.get((name, responses), {})
-            prompts = self.prompt_set(name).prompts
-            for prompt in prompts:
-                if prompt.id not in rows:
-                    what = f"responses of {responses!r} to " if responses else ""
-                    raise MissingDataError(
-                        f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
-                    )
             parsed = parse_trait_set(name)
             user = parsed is not None and parsed.family == "user"
-            chosen: frozenset[str] | None = None
-            if keep is not None and parsed is not None and not user and responses is not None:
-                chosen = self.answers.kept(parsed.trait, parsed.side, responses).keys
-                known = {self._generation_of.get(key) for prompt in prompts for key in rows[prompt.id]}
-                if not chosen <= known:
-                    raise MissingDataError(
-                        f"{len(chosen - known)} answers of {responses!r} to {name!r} that count are not captured\n  "
-                        f"{self.remedy('capture')}"
-                    )
-            for prompt in prompts:
-                asked = prompt.tags["asked"] if user else prompt.text
-                mine = [k for k in rows[prompt.id] if chosen is None or self._generation_of.get(k) in chosen]
-                keys.update(dict.fromkeys(mine, asked))
-        # An empty key stands for a generated response without tokens: there is nothing to read of it.
-        keys.pop("", None)
+            for prompt, rows in self.prompt_rows(name, responses, keep):
+                keys.update(dict.fromkeys(rows, prompt.tags["asked"] if user else prompt.text))
         return keys
+
+    def prompt_rows(
+        self, name: str, responses: str | None, keep: str | None = None
+    ) -> Iterator[tuple[Prompt, list[str]]]:
+        """Yield every prompt of a prompt set with the keys of its rows; `row_texts` says what `keep` leaves out.
+
+        Raises:
+            MissingDataError: as `row_texts`.
+        """
+        rows = self._memberships.get((name, responses), {})
+        prompts = self.prompt_set(name).prompts
+        for prompt in prompts:
+            if prompt.id not in rows:
+                what = f"responses of {responses!r} to " if responses else ""
+                raise MissingDataError(
+                    f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
+                )
+        parsed = parse_trait_set(name)
+        user = parsed is not None and parsed.family == "user"
+        chosen: frozenset[str] | None = None
+        if keep is not None and parsed is not None and not user and responses is not None:
+            chosen = self.answers.kept(parsed.trait, parsed.side, responses).keys
+            known = {self._generation_of.get(key) for prompt in prompts for key in rows[prompt.id]}
+            if not chosen <= known:
+                raise MissingDataError(
+                    f"{len(chosen - known)} answers of {responses!r} to {name!r} that count are not captured\n  "
+                    f"{self.remedy('capture')}"
+                )
+        for prompt in prompts:
+            # An empty key stands for a generated response without tokens: there is nothing to read of it.
+            yield prompt, [k for k in rows[prompt.id] if k and (chosen is None or self._generation_of.get(k) in chosen)]
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,17 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from analysis.directions import MeansTask, derive, derived_key, difference_of_means
+from analysis.directions import derive, derived_key
 from analysis.energy import EnergyRows, energy_matched, energy_matched_key
 from jobs.context import Context, StageReport
+from jobs.direction_tasks import Task, compute_task, make_task, only, task_groups
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
 from store.directions import Direction, directions_from_table
 from store.errors import MissingDataError
-from store.fingerprint import canonical_json
 from store.schemas import TABLES
-from store.study import DifferenceOfMeans, RandomMatched
-from store.study_directions import references
-from store.study_layers import direction_layers
+from store.study_directions import RandomMatched, Reading, references
 
 
 def known_directions(context: Context) -> dict[str, Direction]:
@@ -29,61 +27,27 @@ def known_directions(context: Context) -> dict[str, Direction]:
     return {name: direction for name, direction in found.items() if direction.model == model}
 
 
-def means_task(context: Context, name: str, spec: DifferenceOfMeans) -> MeansTask:
-    """Return what has to be computed for a difference of means.
-
-    Raises:
-        MissingDataError: if a row is not known yet.
-    """
-    model = context.recalled_model()
-    sides = [context.row_texts(names, spec.responses, spec.keep) for names in (spec.positive, spec.negative)]
-    shared = set(sides[0].values()) & set(sides[1].values())
-    return MeansTask(
-        name=name,
-        store=str(context.store.location),
-        model=model.fingerprint,
-        component=spec.component,
-        position=spec.position,
-        positive=tuple(sides[0]),
-        negative=tuple(sides[1]),
-        layers=tuple(sorted(direction_layers(context.study, name, model.n_layers))),
-        matched=tuple((key, text) for side in sides for key, text in side.items() if text in shared),
-        kept=_kept(context, spec),
-    )
-
-
-def _kept(context: Context, spec: DifferenceOfMeans) -> str | None:
-    """Return what was kept of each side and by which rule, as JSON; None where every row counts."""
-    found = {
-        side: kept
-        for side, names in (("positive", spec.positive), ("negative", spec.negative))
-        if (kept := context.answers.provenance(names, spec.responses, spec.keep)) is not None
-    }
-    return canonical_json(found) if found else None
-
-
-def current_directions(context: Context) -> tuple[dict[str, Direction], dict[str, MeansTask], dict[str, str]]:
+def current_directions(context: Context) -> tuple[dict[str, Direction], list[Task], dict[str, str]]:
     """Compare the study's directions with those computed before.
 
     Returns:
-        Those that are up to date, the differences of means to compute, and what the others wait for, all by name.
-        A derived direction is computed at once when its parents are there.
+        Those that are up to date, what to compute from cached rows, and what others wait for, by name. A derived
+        direction is computed at once when its parents are there.
     """
     known = known_directions(context)
     current: dict[str, Direction] = {}
-    tasks: dict[str, MeansTask] = {}
+    tasks: list[Task] = []
     waiting: dict[str, str] = {}
-    for name, spec in context.study.directions.items():
-        if isinstance(spec, DifferenceOfMeans):
-            try:
-                task = means_task(context, name, spec)
-            except MissingDataError as error:
-                waiting[name] = str(error).splitlines()[0]
-                continue
-            if name in known and known[name].key == task.key:
-                current[name] = known[name]
-            else:
-                tasks[name] = task
+    for names in task_groups(context.study.directions):
+        try:
+            task = make_task(context, names)
+        except MissingDataError as error:
+            waiting.update(dict.fromkeys(names, str(error).splitlines()[0]))
+            continue
+        same = [name for name in names if name in known and known[name].key == task.keys[name]]
+        current.update({name: known[name] for name in same})
+        if len(same) < len(names):
+            tasks.append(only(task, [name for name in names if name not in same]))
     waiting |= _derive(context, known, current)
     return current, tasks, waiting
 
@@ -99,7 +63,7 @@ def _derive(context: Context, known: Mapping[str, Direction], current: dict[str,
     while progressed:
         progressed = False
         for name, spec in context.study.directions.items():
-            if name in current or name in waiting or isinstance(spec, DifferenceOfMeans):
+            if name in current or name in waiting or isinstance(spec, Reading):
                 continue
             needed = {other for _, other in references(spec)}
             if not needed <= set(current):
@@ -111,6 +75,7 @@ def _derive(context: Context, known: Mapping[str, Direction], current: dict[str,
                 current[name] = known[name] if same else derive(name, spec, parents)
                 continue
             parent = parents[spec.match_energy]
+            assert spec.seed is not None
             try:
                 keys = tuple(context.row_texts(spec.prompts, spec.responses, spec.keep))
                 rows = EnergyRows(str(context.store.location), keys, spec.position)
@@ -130,11 +95,11 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     before = known_directions(context)
     current, tasks, waiting = current_directions(context)
     with progress.task("directions", len(tasks), "directions") if tasks else progress.nothing() as advance:
-        for name, result in zip(tasks, cpu_map(cluster, compute, list(tasks.values())), strict=True):
-            if isinstance(result, Direction):
-                current[name] = result
+        for task, result in zip(tasks, cpu_map(cluster, compute, tasks), strict=True):
+            if isinstance(result, str):
+                waiting.update(dict.fromkeys(task.keys, result))
             else:
-                waiting[name] = result
+                current.update(result)
             advance(1)
     waiting |= _derive(context, before, current)
     for name in specs:
@@ -148,10 +113,10 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     return report
 
 
-def compute(task: MeansTask) -> Direction | str:
-    """Compute one direction on a worker; say what is missing instead of failing the others."""
+def compute(task: Task) -> dict[str, Direction] | str:
+    """Compute directions on a worker; say what is missing instead of failing the others."""
     try:
-        return difference_of_means(task)
+        return compute_task(task)
     except MissingDataError as error:
         return str(error).splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""Stage 2b, geometry: cosines of directions and projections of cached rows, as Parquet. Never imports torch."""
+"""Stage 2b, geometry: cosines, alignments, projections and analyses of directions, as Parquet. Never imports torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from itertools import groupby
 
 import pyarrow as pa
 
-from analysis.geometry import ProjectionBlock, cosines_table, projection_blocks, projections
-from jobs.context import Context, StageReport
+from analysis.geometry import ProjectionBlock, alignments_table, cosines_table, projection_blocks, projections
+from jobs.context import Context, StageReport, table_of
 from jobs.directions import known_directions
+from jobs.geometry_units import GeometryUnit, wanted_units
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
@@ -52,14 +53,21 @@ def compute(group: Sequence[ProjectionBlock]) -> dict[str, pa.Table]:
 
 def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     """Compute cosines anew (they take no time) and the projections that are missing."""
-    report = StageReport("geometry", unit="projection blocks")
+    report = StageReport("geometry", unit="blocks")
     directions = known_directions(context)
     if not directions:
         return report
     chosen = context.study.geometry.cosines
     named = [directions[name] for name in (directions if chosen == "all" else chosen) if name in directions]
     context.results.replace("cosines", context.study.name, cosines_table(context.study.name, named))
+    pairs = [item.pair for item in context.study.geometry.alignment]
+    ready = [(directions[a], directions[b]) for a, b in pairs if a in directions and b in directions]
+    context.results.replace("alignments", context.study.name, alignments_table(context.study.name, ready))
     groups, report.cached, report.waiting = pending_projections(context, directions)
+    for pair in pairs:
+        if missing := [name for name in dict.fromkeys(pair) if name not in directions]:
+            report.waiting.append(f"geometry.alignment: no directions {', '.join(missing)} yet")
+    _run_units(context, directions, cluster, progress, report)
     if not groups:
         return report
     with progress.task("projections", len(groups), "store blocks") as advance:
@@ -69,6 +77,42 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
                 report.done += 1
             advance(1)
     return report
+
+
+def _run_units(
+    context: Context, directions: dict[str, Direction], cluster: Cluster, progress: Progress, report: StageReport
+) -> None:
+    """Compute what analyses lack, then say which blocks the study asks for now."""
+    units, waiting = wanted_units(context, directions)
+    report.waiting += waiting
+    committed = {table: context.results.committed(table) for table in sorted({unit.table for _, unit in units})}
+    todo = [unit for _, unit in units if unit.id not in committed[unit.table]]
+    report.cached += len(units) - len(todo)
+    lacking: set[str] = set()
+    with progress.task("analyses", len(todo), "layers") if todo else progress.nothing() as advance:
+        for unit, table in zip(todo, cpu_map(cluster, compute_unit, todo), strict=True):
+            if isinstance(table, str):
+                report.waiting.append(f"geometry.{unit.table}: {table}")
+                lacking.add(unit.id)
+            else:
+                context.results.write_block(unit.table, unit.id, table)
+                report.done += 1
+            advance(1)
+    model = context.recalled_model().fingerprint
+    asked = [
+        {"study": context.study.name, "model": model, "kind": unit.table, "analysis": name, "block_key": unit.id}
+        for name, unit in units
+        if unit.id not in lacking
+    ]
+    context.results.replace("analyses", context.study.name, table_of("analyses", asked))
+
+
+def compute_unit(unit: GeometryUnit) -> pa.Table | str:
+    """Compute one layer of an analysis on a worker; say what is missing instead of failing the others."""
+    try:
+        return unit.compute()
+    except MissingDataError as error:
+        return str(error).splitlines()[0]
 
 
 if __name__ == "__main__":

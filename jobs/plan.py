@@ -8,6 +8,7 @@ from jobs.capture import CaptureInputs, manifest
 from jobs.context import Context
 from jobs.directions import current_directions
 from jobs.geometry import pending_projections
+from jobs.geometry_units import wanted_units
 from jobs.judging import StudyJudge, study_judges
 from jobs.replay import ReplayPlan
 from jobs.score import unscored
@@ -80,18 +81,21 @@ def _kept(context: Context) -> list[str]:
 def _directions(context: Context) -> list[str]:
     total = len(context.study.directions)
     try:
-        current, tasks, waiting = current_directions(context)
+        current, _, waiting = current_directions(context)
     except MissingDataError:
         return [f"directions: {total} to compute once the capture is done", "geometry: after the directions"]
-    derived = total - len(current) - len(tasks) - len(waiting)
-    lines = [f"directions: {len(tasks) + derived} to compute, {len(current)} found"]
+    lines = [f"directions: {total - len(current) - len(waiting)} to compute, {len(current)} found"]
     lines += [f"  waits: direction {name!r}: {why}" for name, why in waiting.items()]
     try:
         groups, found, later = pending_projections(context, current)
     except MissingDataError as error:
         return [*lines, f"geometry: waits: {str(error).splitlines()[0]}"]
-    todo = sum(map(len, groups))
-    lines.append(f"geometry: {todo} projection blocks to compute, {found} found")
+    units, blocked = wanted_units(context, current)
+    committed = {table: context.results.committed(table) for table in {unit.table for _, unit in units}}
+    done = sum(unit.id in committed[unit.table] for _, unit in units)
+    todo = sum(map(len, groups)) + len(units) - done
+    lines.append(f"geometry: {todo} blocks to compute, {found + done} found")
+    later += blocked
     return lines + [f"  waits: {line}" for line in later]
 
 

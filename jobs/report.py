@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from analysis import page
 from analysis.page import Html, Section
-from jobs import report_geometry, report_replay
+from jobs import report_geometry, report_replay, report_structure
 from jobs.context import data_location
 from jobs.report_source import Source, chosen_model, named_study
 from jobs.verify import place
@@ -64,8 +64,12 @@ def report_page(source: Source) -> str:
         ("refusals", "Refusal rates", report_replay.refusals),
         ("sweeps", "Coefficient sweeps", report_replay.sweeps),
         ("cosines", "Cosines of directions", report_geometry.cosines),
+        ("alignments", "Alignment of directions across layers", report_structure.alignments),
+        ("nulls", "Cosines beside chance", report_structure.nulls),
+        ("explained_variance", "Explained variance of directions", report_structure.explained_variance),
         ("directions", "Norms and stability of directions", report_geometry.stability),
         ("projections", "Projections of prompts", report_geometry.projections),
+        ("separability", "Separability with intervals", report_structure.separability),
         ("monitored", "Projections while generating", report_replay.monitored),
         ("texts", "Texts side by side", report_replay.texts),
     ]

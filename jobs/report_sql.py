@@ -28,6 +28,20 @@ WHERE {OF_STUDY} GROUP BY ALL ORDER BY ALL"""
 COSINES = f"""\
 SELECT direction_a, direction_b, component, layer, cosine
 FROM cosines WHERE {OF_STUDY} AND direction_a <> direction_b ORDER BY component, direction_a, direction_b, layer"""
+ALIGNMENTS = f"""\
+SELECT direction_a, direction_b, component_a, component_b, layer_a, layer_b, cosine
+FROM alignments WHERE {OF_STUDY} ORDER BY ALL"""
+COSINE_NULLS = f"""\
+SELECT component, direction_a, direction_b, layer, "null", cosine, q025, q500, q975, p_value, p_holm, draws
+FROM cosine_nulls WHERE {OF_STUDY} ORDER BY ALL"""
+EXPLAINED_VARIANCE = f"""\
+SELECT analysis, component, layer, rank, share, low, high, bootstrap_mean, cumulative, cumulative_low,
+    cumulative_high, n_directions, n_kept, duplicates, resamples
+FROM explained_variance WHERE {OF_STUDY} ORDER BY ALL"""
+SEPARABILITY = f"""\
+SELECT analysis, position, direction, layer, n_positive, n_negative, n_training, held_out, auc, auc_low, auc_high,
+    d_prime, d_prime_low, d_prime_high
+FROM separability WHERE {OF_STUDY} ORDER BY ALL"""
 DIRECTIONS = f"""\
 SELECT direction, method, component, position, layer, norm, n_positive, n_negative, split_half_cosine
 FROM directions WHERE {OF_STUDY}"""  # no ORDER BY: the table is written in the study's order

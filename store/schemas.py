@@ -91,6 +91,89 @@ TABLES: dict[str, pa.Schema] = {
         ("position_b", TEXT),
         ("cosine", FLOAT64),
     ),
+    # Cosine of a direction at one layer with one at another.
+    "alignments": _schema(
+        ("study", TEXT),
+        ("model", TEXT),
+        ("direction_a", TEXT),
+        ("direction_b", TEXT),
+        ("direction_key_a", TEXT),
+        ("direction_key_b", TEXT),
+        ("component_a", TEXT),
+        ("component_b", TEXT),
+        ("layer_a", INT32),
+        ("layer_b", INT32),
+        ("cosine", FLOAT64),
+    ),
+    # Which blocks of the three tables below a study asks for now.
+    "analyses": _schema(
+        ("study", TEXT),
+        ("model", TEXT),
+        ("kind", TEXT),  # the table
+        ("analysis", TEXT),  # its name in the study
+        ("block_key", TEXT),
+    ),
+    "explained_variance": _schema(
+        ("block_key", TEXT),
+        ("model", TEXT),
+        ("component", TEXT),
+        ("layer", INT32),
+        ("rank", INT32),  # 1 is the first principal component
+        ("share", FLOAT64),  # of the variance of the directions (not centred: of their mean square)
+        ("low", FLOAT64),
+        ("high", FLOAT64),
+        ("bootstrap_mean", FLOAT64),
+        ("cumulative", FLOAT64),
+        ("cumulative_low", FLOAT64),
+        ("cumulative_high", FLOAT64),
+        ("n_directions", INT64),
+        ("n_kept", INT64),  # without near-duplicates
+        ("duplicates", TEXT),  # JSON: dropped direction -> the one that stands for it
+        ("resamples", INT64),
+        ("seed", INT64),
+        ("confidence", FLOAT64),
+    ),
+    "cosine_nulls": _schema(
+        ("block_key", TEXT),
+        ("model", TEXT),
+        ("component", TEXT),
+        ("layer", INT32),
+        ("direction_a", TEXT),
+        ("direction_b", TEXT),
+        ("direction_key_a", TEXT),
+        ("direction_key_b", TEXT),
+        ("null", TEXT),  # random | permuted_labels
+        ("cosine", FLOAT64),
+        ("q025", FLOAT64),  # quantiles of the null's cosines
+        ("q500", FLOAT64),
+        ("q975", FLOAT64),
+        ("p_value", FLOAT64),  # two-sided
+        ("p_holm", FLOAT64),  # adjusted for the pairs of the layer
+        ("draws", INT64),
+        ("seed", INT64),
+    ),
+    "separability": _schema(
+        ("block_key", TEXT),
+        ("model", TEXT),
+        ("component", TEXT),
+        ("layer", INT32),
+        ("direction", TEXT),
+        ("direction_key", TEXT),
+        ("position", TEXT),
+        ("n_positive", INT64),
+        ("n_negative", INT64),
+        ("n_training", INT64),  # evaluated prompts that the direction was computed from; 0: held out
+        ("auc", FLOAT64),
+        ("auc_low", FLOAT64),
+        ("auc_high", FLOAT64),
+        ("d_prime", FLOAT64),  # null where nothing varies
+        ("d_prime_low", FLOAT64),
+        ("d_prime_high", FLOAT64),
+        ("resamples", INT64),
+        ("seed", INT64),
+        ("confidence", FLOAT64),
+        nullable=("d_prime", "d_prime_low", "d_prime_high"),
+    ),
     "projections": _schema(
         ("model", TEXT),
         ("row_key", TEXT),

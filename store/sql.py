@@ -41,6 +41,10 @@ VIEWS: dict[str, str] = {
     "rows": "tokenised prompts (and responses) by row_key",
     "directions": "one vector per study, direction and layer, with its raw norm",
     "cosines": "signed cosines of every pair of directions at every layer",
+    "alignments": "cosine of a direction at each layer with another, or itself, at each layer",
+    "cosine_nulls": "cosines beside those of random directions and of permuted labels, with p-values",
+    "explained_variance": "PCA over directions: share of variance by component, with bootstrap intervals",
+    "separability": "AUC and d' of two sides of rows along directions, with bootstrap intervals; held out or not",
     "projections": "projection of every row on every direction",
     "conditions": "what each study replays, sweeps expanded",
     "choices": "what each study chose by measuring, with its rule",
@@ -82,6 +86,15 @@ CREATE VIEW rows AS SELECT * FROM stored.rows
     QUALIFY row_number() OVER (PARTITION BY row_key ORDER BY prompt_id, source, generation_key NULLS LAST) = 1;
 CREATE VIEW directions AS SELECT * FROM stored.directions;
 CREATE VIEW cosines AS SELECT * FROM stored.cosines;
+CREATE VIEW alignments AS SELECT * FROM stored.alignments;
+-- Analyses share their blocks between studies and versions of a study; each shows what it asks for now.
+CREATE VIEW explained_variance AS SELECT DISTINCT study, analysis, * EXCLUDE (study, kind, analysis, block_key)
+    FROM stored.analyses JOIN stored.explained_variance USING (model, block_key) WHERE kind = 'explained_variance';
+CREATE VIEW cosine_nulls AS SELECT DISTINCT study, * EXCLUDE (study, kind, analysis, block_key)
+    FROM stored.analyses JOIN stored.cosine_nulls USING (model, block_key) WHERE kind = 'cosine_nulls';
+CREATE VIEW separability AS
+    SELECT DISTINCT study, analysis, * EXCLUDE (study, kind, analysis, block_key), n_training = 0 AS held_out
+    FROM stored.analyses JOIN stored.separability USING (model, block_key) WHERE kind = 'separability';
 CREATE VIEW conditions AS SELECT * FROM stored.conditions;
 CREATE VIEW choices AS SELECT * FROM stored.choices;
 CREATE VIEW choice_candidates AS SELECT * FROM stored.choice_candidates;

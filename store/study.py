@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -28,6 +27,8 @@ from store.study_directions import DirectionSpec as DirectionSpec
 from store.study_directions import Orthogonalised as Orthogonalised
 from store.study_directions import Random as Random
 from store.study_directions import RandomMatched as RandomMatched
+from store.study_geometry import Geometry as Geometry
+from store.study_geometry import ProjectionsSpec as ProjectionsSpec
 from store.study_interventions import InterventionSpec
 from store.study_select import Claim, Comparison, Selection
 from store.study_traits import Keep, TraitSource
@@ -36,12 +37,12 @@ from store.study_types import (
     JudgeOption,
     Name,
     Names,
-    Position,
     Scalar,
     SetName,
     Strict,
     StudyName,
     distinct,
+    distinct_seeds,
 )
 from store.yaml_file import fault
 
@@ -128,21 +129,6 @@ class CaptureEntry(Strict):
         return list(dict.fromkeys(values))
 
 
-class ProjectionsSpec(Strict):
-    """Projections of rows on directions: h . v_hat at every layer of the direction's component."""
-
-    prompts: Names
-    directions: Literal["all"] | Names = "all"
-    position: Position = "prompt_end"
-    responses: str | None = None
-    keep: Keep | None = None
-
-
-class Geometry(Strict):
-    cosines: Literal["all"] | Annotated[list[str], AfterValidator(distinct)] = "all"
-    projections: list[ProjectionsSpec] = []
-
-
 class Decoding(Strict):
     """How text is generated. Greedy unless `temperature` is above 0."""
 
@@ -202,8 +188,7 @@ class Replay(Strict):
     @field_validator("seeds")
     @classmethod
     def _useful(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise fault("a seed is named twice", "name each one once")
+        distinct_seeds(seeds)
         decoding = info.data.get("decoding")
         if len(seeds) > 1 and decoding is not None and decoding.greedy:
             remedy = "set replay.decoding.temperature above 0, or keep one seed"

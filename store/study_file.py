@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 from store.conditions import decoding_of, directions_used
 from store.model_ref import is_local
 from store.sites import RESPONSE_POSITIONS
-from store.study import CaptureEntry, DifferenceOfMeans, RandomMatched, Study
+from store.study import CaptureEntry, Study
 from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
 from store.study_choices import without_idle_candidates
-from store.study_directions import references
+from store.study_directions import RandomMatched, Reading, component_in, reads, references
 from store.study_interventions import Add, Clamp, MatchNorm, directions_of
+from store.study_names import families, with_plain_names
 from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
 
@@ -27,8 +29,9 @@ DOCUMENTATION = "studies/demo.yaml"
 class _Checker(Complaints):
     """Cross-references of a study."""
 
-    def __init__(self, study: Study, node: yaml.Node):
+    def __init__(self, study: Study, node: yaml.Node, family_of: Mapping[str, str]):
         super().__init__(study, node)
+        self.family_of = family_of
         traits = {each for name, source in study.traits.items() for each in source.set_names(name)}
         parts = {f"{n}@{p}" for n, source in study.prompts.items() if source.split for p in source.split.parts}
         self.prompt_sets = set(study.prompts) | parts | traits
@@ -37,6 +40,12 @@ class _Checker(Complaints):
         self.conditions = {
             item.name: item.spec.prompts or study.replay.prompts for item in self.single if study.replay is not None
         }
+
+    def fail(self, problem: str, path: KeyPath, remedy: str) -> typing.NoReturn:
+        # The file has the family, not its members.
+        if len(path) > 1 and path[0] == "directions" and path[1] in self.family_of:
+            path = (path[0], self.family_of[str(path[1])], *path[2:])
+        super().fail(problem, path, remedy)
 
     def prompts(self, names: Iterable[str], path: KeyPath) -> None:
         for name in names:
@@ -156,30 +165,27 @@ class _Checker(Complaints):
             for i, (key, other) in enumerate(named):
                 if other in [earlier for _, earlier in named[:i]]:
                     self.fail(f"{other!r} is taken from itself: nothing is left", (*path, key), "name another one")
-            if isinstance(spec, DifferenceOfMeans):
+            sides = reads(spec)
+            if isinstance(spec, Reading | RandomMatched):
                 self.responses(spec.responses, path)
-                for side, names in (("positive", spec.positive), ("negative", spec.negative)):
+                for side, names in sides:
                     self.prompts(names, (*path, side))
-                    self.captured(names, spec.component, spec.position, spec.responses, spec.keep, (*path, side))
                     self.kept(spec.keep, names, spec.responses, path)
-                for shared in [name for name in spec.negative if name in spec.positive]:
-                    self.fail(f"{shared!r} is on both sides", (*path, "negative"), "name it on one side")
-            if isinstance(spec, RandomMatched):
-                self.responses(spec.responses, path)
-                self.prompts(spec.prompts, (*path, "prompts"))
-                self.kept(spec.keep, spec.prompts, spec.responses, path)
+            for side, names in sides[1:]:
+                for shared in [other for other in names if other in sides[0][1]]:
+                    self.fail(f"{shared!r} is on both sides", (*path, side), "name it on one side")
         for name in specs:
             self.acyclic(name, ())
+        for name, spec in specs.items():
+            if isinstance(spec, Reading | RandomMatched):
+                source = (component_of(self.study, name), spec.position, spec.responses, spec.keep)
+                for side, names in reads(spec):
+                    self.captured(names, *source, ("directions", name, side))
         for name, spec in specs.items():
             components = {component_of(self.study, other): key for key, other in references(spec)}
             if len(components) > 1:
                 problem = f"it mixes directions at {' and '.join(sorted(components))}"
                 self.fail(problem, ("directions", name, max(components.values())), "read them at one component")
-            spec = specs[name]
-            if isinstance(spec, RandomMatched):
-                here: KeyPath = ("directions", name, "prompts")
-                source = (component_of(self.study, name), spec.position, spec.responses, spec.keep)
-                self.captured(spec.prompts, *source, here)
 
     def acyclic(self, name: str, trail: tuple[str, ...]) -> None:
         """Follow what a direction is computed from: others, or texts generated under conditions that use others."""
@@ -188,8 +194,8 @@ class _Checker(Complaints):
             self.fail(f"directions depend on each other: {loop}", ("directions", name), "break the loop")
         spec = self.study.directions[name]
         needed = [other for _, other in references(spec)]
-        if isinstance(spec, DifferenceOfMeans | RandomMatched):
-            sets = spec.prompts if isinstance(spec, RandomMatched) else [*spec.positive, *spec.negative]
+        if isinstance(spec, Reading | RandomMatched):
+            sets = [each for _, names in reads(spec) for each in names]
             turns = [part.trait for n in sets if (part := parse_trait_set(n)) is not None]
             conditions = {spec.responses, *(self.study.traits[trait].answers for trait in turns)} - {None}
             used = {used for one in self.single if one.name in conditions for used in directions_used(one.spec)}
@@ -199,16 +205,34 @@ class _Checker(Complaints):
 
     def geometry(self) -> None:
         geometry, specs = self.study.geometry, self.study.directions
-        if geometry.cosines != "all":
-            for name in geometry.cosines:
-                self.known("direction", name, specs, ("geometry", "cosines"))
+        named: list[tuple[KeyPath, Iterable[str]]] = [
+            (("cosines",), [] if geometry.cosines == "all" else geometry.cosines),
+            *((("alignment", i, "pair"), item.pair) for i, item in enumerate(geometry.alignment)),
+            *((("explained_variance", n, "directions"), s.directions) for n, s in geometry.explained_variance.items()),
+        ]
+        if geometry.cosine_nulls is not None:
+            named.append((("cosine_nulls", "directions"), geometry.cosine_nulls.directions))
+        for at, names in named:
+            for name in [] if names == "all" else names:
+                self.known("direction", name, specs, ("geometry", *at))
+        for analysis, spec in geometry.separability.items():
+            here: KeyPath = ("geometry", "separability", analysis)
+            self.responses(spec.responses, here)
+            sides = [("positive", spec.positive), ("negative", spec.negative)]
+            for side, sets in sides:
+                self.prompts(sets, (*here, side))
+                self.kept(spec.keep, sets, spec.responses, here)
+            for name in list(specs) if spec.directions == "all" else spec.directions:
+                self.known("direction", name, specs, (*here, "directions"))
+                read = (component_of(self.study, name), spec.position, spec.responses, spec.keep)
+                for side, sets in sides:
+                    self.captured(sets, *read, (*here, side))
         for index, projection in enumerate(geometry.projections):
             path: KeyPath = ("geometry", "projections", index)
             self.prompts(projection.prompts, (*path, "prompts"))
             self.responses(projection.responses, path)
             self.kept(projection.keep, projection.prompts, projection.responses, path)
-            names = list(specs) if projection.directions == "all" else projection.directions
-            for name in names:
+            for name in list(specs) if projection.directions == "all" else projection.directions:
                 self.known("direction", name, specs, (*path, "directions"))
                 component = component_of(self.study, name)
                 here = (*path, "prompts")
@@ -255,10 +279,7 @@ class _Checker(Complaints):
 
 def component_of(study: Study, direction: str) -> str:
     """Return the site component at which a direction is read."""
-    spec = study.directions[direction]
-    while not isinstance(spec, DifferenceOfMeans):
-        spec = study.directions[references(spec)[0][1]]
-    return spec.component
+    return component_in(study.directions, direction)
 
 
 def captures_of(
@@ -289,7 +310,13 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         raise validation_error(error, Study, node, DOCUMENTATION) from None
     study = without_idle_candidates(_with_absolute_paths(study.read_from(file), node))
-    checker = _Checker(study, node)
+    family_of = {member: name for name, its in families(study.directions).items() for member in its}
+    try:
+        study = with_plain_names(study)
+    except ValueError as error:
+        here: KeyPath = ("directions", family_of.get(str(error), str(error)))
+        _Checker(study, node, family_of).fail(f"two specs define the direction {str(error)!r}", here, "rename one")
+    checker = _Checker(study, node, family_of)
     checker.files()
     checker.traits()
     checker.capture()

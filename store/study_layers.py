@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from store.conditions import source_layer
 from store.errors import StudyError
 from store.layers import LayersValue, LayerValue, resolve_layer, resolve_layers
-from store.study import ConditionSpec, DifferenceOfMeans, RandomMatched, Study
+from store.study import ConditionSpec, Study
 from store.study_choices import possible
-from store.study_directions import references
+from store.study_directions import RandomMatched, Reading, reads, references
 from store.study_expand import BadConditionError, is_layer
 from store.study_file import captures_of, component_of
+from store.study_geometry import CosineNullsSpec, ExplainedVarianceSpec, SeparabilitySpec
 from store.study_interventions import Add, MatchNorm, directions_of
 from store.yaml_file import where
 
@@ -25,9 +26,10 @@ def check_layers(study: Study, n_layers: int) -> None:
     """
     for index, entry in enumerate(study.capture):
         _resolve(study, entry.layers, n_layers, f"capture[{index}].layers")
+    computed = {name: direction_layers(study, name, n_layers) for name in study.directions}
+    _check_geometry(study, computed, n_layers)
     if study.replay is None:
         return
-    computed = {name: direction_layers(study, name, n_layers) for name in study.directions}
     for name, spec in _possible(study, n_layers):
         for index, item in enumerate(spec.interventions):
             key = f"replay.conditions.{name}.interventions[{index}]"
@@ -70,14 +72,12 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
         StudyError: if there is none.
     """
     spec = study.directions[name]
-    each: list[set[int]] = []
-    if isinstance(spec, DifferenceOfMeans):
-        each += [_captured(study, name, spec.component, spec, n_layers) for name in (*spec.positive, *spec.negative)]
-    else:
-        each += [direction_layers(study, other, n_layers) for _, other in references(spec)]
-    if isinstance(spec, RandomMatched):
+    each = [direction_layers(study, other, n_layers) for _, other in references(spec)]
+    if isinstance(spec, Reading | RandomMatched):
         component = component_of(study, name)
-        each += [_captured(study, prompts, component, spec, n_layers) for prompts in spec.prompts]
+        for prompts in [prompts for _, sets in reads(spec) for prompts in sets]:
+            entries = captures_of(study, prompts, component, spec.position, spec.responses, spec.keep)
+            each.append({layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)})
     layers = set.intersection(*each)
     if not layers:
         raise StudyError(
@@ -89,12 +89,18 @@ def direction_layers(study: Study, name: str, n_layers: int) -> set[int]:
     return layers
 
 
-def _captured(
-    study: Study, prompts: str, component: str, spec: DifferenceOfMeans | RandomMatched, n_layers: int
-) -> set[int]:
-    """Return the layers at which the study captures a component of a prompt set as a direction reads it."""
-    entries = captures_of(study, prompts, component, spec.position, spec.responses, spec.keep)
-    return {layer for entry in entries for layer in resolve_layers(entry.layers, n_layers)}
+def _check_geometry(study: Study, computed: dict[str, set[int]], n_layers: int) -> None:
+    geometry = study.geometry
+    asked: list[tuple[str, CosineNullsSpec | ExplainedVarianceSpec | SeparabilitySpec]] = []
+    if geometry.cosine_nulls is not None:
+        asked.append(("cosine_nulls", geometry.cosine_nulls))
+    asked += [(f"explained_variance.{name}", spec) for name, spec in geometry.explained_variance.items()]
+    asked += [(f"separability.{name}", spec) for name, spec in geometry.separability.items()]
+    for name, spec in asked:
+        key = f"geometry.{name}.layers"
+        layers = _resolve(study, spec.layers, n_layers, key)
+        if spec.layers != "all":
+            _require(study, list(computed) if spec.directions == "all" else spec.directions, layers, computed, key)
 
 
 def _require(study: Study, names: list[str], layers: list[int], computed: dict[str, set[int]], key: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from store.sites import ALL_TOKENS, NAMED_POSITIONS, check_position
 from store.yaml_file import fault, nearest
@@ -46,6 +46,16 @@ def distinct(names: list[str]) -> list[str]:
     return names
 
 
+def distinct_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise fault("a seed is named twice", "name each one once")
+    return seeds
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _position(text: str) -> str:
     try:
         return check_position(text)
@@ -57,5 +67,6 @@ Name = Annotated[str, AfterValidator(_name)]
 StudyName = Annotated[str, AfterValidator(_study_name)]
 SetName = Annotated[str, AfterValidator(_set_name)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(distinct)]
+Listed = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(distinct)]  # or one text
 Position = Annotated[str, AfterValidator(_position)]
 CapturePosition = Annotated[str, AfterValidator(lambda text: text if text == ALL_TOKENS else _position(text))]

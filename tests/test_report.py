@@ -19,6 +19,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from analysis import page, plots
+from analysis.layer_plots import layer_heatmap
 from jobs.report import add_arguments, report_page, run
 from jobs.report_source import Source, with_controls
 from jobs.report_sql import AUROC
@@ -32,7 +33,10 @@ MODEL, OTHER = "a" * 64, "b" * 64
 EVIL = '</pre><script>alert("x")</script><img src=https://evil.example/x.png onerror=alert(1)>\x00 & $x^2$'
 LAYERS = range(6)
 TOKENS = 5
-SECTIONS = ["refusals", "sweeps", "cosines", "directions", "projections", "monitored", "texts"]
+SECTIONS = [
+    *("refusals", "sweeps", "cosines", "alignments", "nulls", "explained_variance"),
+    *("directions", "projections", "separability", "monitored", "texts"),
+]
 VOID = {"meta", "br", "img", "link", "input"}
 
 
@@ -140,6 +144,68 @@ def put_directions(results: ResultStore, names: Iterable[str], study: str = "s")
     put(results, "cosines", cosines, study)
 
 
+def put_structure(results: ResultStore, names: Iterable[str], study: str = "s") -> None:
+    """Alignments, nulls, explained variance and separability of directions, one of them not held out."""
+    names = list(names)
+    random = np.random.default_rng(3)
+    common = {"model": MODEL, "component": "resid_post", "seed": 0}
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i:]]
+    alignments = [
+        {
+            **{"study": study, "model": MODEL, "direction_a": a, "direction_b": b, "layer_a": i, "layer_b": j},
+            **{"direction_key_a": f"key-{a}", "direction_key_b": f"key-{b}", "cosine": random.uniform(-1, 1)},
+            **{"component_a": "resid_post", "component_b": "resid_post"},
+        }
+        for a, b in pairs[:3]
+        for i in LAYERS
+        for j in LAYERS
+    ]
+    put(results, "alignments", alignments, study)
+    nulls = [
+        {
+            **common,
+            **{"block_key": f"n{layer}", "layer": layer, "direction_a": a, "direction_b": b, "null": null},
+            **{"direction_key_a": f"key-{a}", "direction_key_b": f"key-{b}", "cosine": 0.5 - 0.2 * layer},
+            **{"q025": -width, "q500": 0.0, "q975": width, "p_value": 0.01, "p_holm": 0.02 * layer, "draws": 1000},
+        }
+        for null, width in (("random", 0.08), ("permuted_labels", 0.3))
+        for a, b in pairs
+        if a != b
+        for layer in LAYERS
+    ]
+    explained = [
+        {
+            **common,
+            **{"block_key": f"e{layer}", "layer": layer, "rank": rank, "share": 0.5**rank, "low": 0.4**rank},
+            **{"high": 0.6**rank, "bootstrap_mean": 0.52**rank, "cumulative": 1 - 0.5**rank, "n_directions": 9},
+            **{"cumulative_low": 0.9 - 0.5**rank, "cumulative_high": 1 - 0.4**rank, "n_kept": 8 - layer % 2},
+            **{"duplicates": '{"<b>": "refusal"}', "resamples": 1000, "confidence": 0.95},
+        }
+        for layer in LAYERS
+        for rank in range(1, 6)
+    ]
+    separability = [
+        {
+            **common,
+            **{"block_key": f"s{layer}", "layer": layer, "direction": name, "direction_key": f"key-{name}"},
+            **{"position": "prompt_end", "n_positive": 7, "n_negative": 6, "n_training": 3 * i},
+            **{"auc": 0.6 + 0.05 * layer, "auc_low": 0.5, "auc_high": 0.95, "d_prime": 0.1 * layer if layer else None},
+            **{"d_prime_low": 0.0 if layer else None, "d_prime_high": 0.9 if layer else None},
+            **{"resamples": 1000, "confidence": 0.95},
+        }
+        for i, name in enumerate(names)
+        for layer in LAYERS
+    ]
+    analyses = []
+    for table, rows in (("cosine_nulls", nulls), ("explained_variance", explained), ("separability", separability)):
+        for key in sorted({str(row["block_key"]) for row in rows}):
+            results.write_block(
+                table, key, pa.Table.from_pylist([r for r in rows if r["block_key"] == key], TABLES[table])
+            )
+            analyses.append({"study": study, "model": MODEL, "kind": table, "analysis": "all <i>", "block_key": key})
+    put(results, "analyses", analyses, study)
+
+
 def put_projections(results: ResultStore, sets: dict[str, int], names: Iterable[str]) -> None:
     random = np.random.default_rng(1)
     rows = [
@@ -244,6 +310,7 @@ def fill(results: ResultStore) -> ResultStore:
     put_prompts(results, SETS)
     put_directions(results, NAMES)
     put_projections(results, SETS, NAMES)
+    put_structure(results, NAMES)
     put_replay(results, conditions(), SETS)
     return results
 
@@ -552,6 +619,7 @@ def test_no_text_of_a_figure_overlaps_another_with_many_long_conditions(
     put_prompts(results, SETS)
     put_directions(results, [f"direction_with_a_long_name_{i}" for i in range(8)] + ["refusal"])
     put_projections(results, SETS, ["refusal"])
+    put_structure(results, [f"direction_with_a_long_name_{i}" for i in range(8)])
     put_replay(results, conditions(extra=16), SETS)
     drawn: list[tuple[str, Any]] = []
     original = plots._svg
@@ -593,5 +661,7 @@ def test_a_figure_of_nothing_is_refused() -> None:
         plots.rate_dots("x", [], "refused (%)", "texts")
     with pytest.raises(ValueError, match="square"):
         plots.heatmap("x", ["a"], np.zeros((2, 2)), "t", "about")
+    with pytest.raises(ValueError, match="2 x 1 values"):
+        layer_heatmap("x", [0, 1], [3], np.zeros((1, 2)), "a", "b", "about")
     with pytest.raises(ValueError, match="no figure"):
         page.figure("<p>")

@@ -673,7 +673,8 @@ def records(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def test_the_demo_study_mentions_every_key() -> None:
     text = DEMO.read_text(encoding="utf-8")
     models = [Study, ModelRef, RaySettings]
-    modules = ("store.study", "store.study_select", "store.study_interventions", "store.layers")
+    sections = ("directions", "geometry", "interventions", "select")
+    modules = ("store.study", "store.layers", *(f"store.study_{section}" for section in sections))
     models += [record for record in records(BaseModel) if record.__module__ in modules]
     missing = {
         f"{model.__name__}.{key}"
