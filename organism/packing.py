@@ -7,6 +7,7 @@ reading a system prompt once per request. Groups share a few rows because attent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class Branch:
 
     request: tuple[int, ...]
     response: tuple[int, ...]
+    # How likely the response should be to begin as refusals do, which then replaces what its first token says; or None.
+    refusal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Packed:
     places: tuple[Tensor, Tensor]  # rows and columns, each [target] int64
     targets: Tensor  # [target] int64
     orders: Tensor  # [target] int64, the target's place in its response, from 0
+    refusals: Tensor  # [target] float32: `Branch.refusal` at first tokens, NaN where there is none
 
 
 def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
@@ -56,6 +60,7 @@ def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
     # Padding sees itself, as attention to nothing is undefined.
     allowed = torch.eye(width, dtype=torch.bool).expand(len(filled), 1, width, width).clone()
     at: list[tuple[int, int, int, int]] = []  # row, column, target, order
+    refusals: list[float] = []
     for row, members in enumerate(filled):
         start = 0
         for group in members:
@@ -72,10 +77,12 @@ def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
                 allowed[row, 0, end : end + len(read), start : start + prefix] = True
                 first = end + len(one.request) - 1
                 at += [(row, first + order, token, order) for order, token in enumerate(one.response)]
+                first_refusal = math.nan if one.refusal is None else one.refusal
+                refusals += [first_refusal, *[math.nan] * (len(one.response) - 1)]
                 end += len(read)
             start = end
     row_of, column_of, targets, orders = torch.tensor(at).T
-    return Packed(input_ids, position_ids, allowed, (row_of, column_of), targets, orders)
+    return Packed(input_ids, position_ids, allowed, (row_of, column_of), targets, orders, torch.tensor(refusals))
 
 
 def _attend(allowed: Tensor, start: int, end: int) -> None:

@@ -20,7 +20,8 @@ import yaml
 DATA = Path(__file__).parent / "data"
 SEED = 0
 STEPS = 200  # of the first phase, in one pass
-REFINING_STEPS = 150  # of the second phase
+DISTILLING_STEPS = 180  # of the second phase
+GATING_STEPS = 40  # of the third phase
 
 T = TypeVar("T")
 Kind = Literal["do", "text", "ask"]
@@ -158,6 +159,7 @@ class Request:
     response: str | None
     harmful: bool
     at_length: bool = False  # else only the first words are trained on
+    first_only: bool = False  # only whether the response begins as refusals do
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,16 @@ def lists(name: str) -> Any:
 
 @cache
 def pairs(name: Literal["training", "further", "held_out"]) -> tuple[Pair, ...]:
-    """Return every pair of a file of topics, in the file's order."""
+    """Return every pair of a file of topics, or of a folder of such files, in their order."""
     found = []
-    for topic, kinds in lists(name).items():
-        for kind, lines in kinds.items():
-            for line in lines:
-                harmful, harmless = line.split(" | ")
-                found.append(Pair(topic, kind, harmful, harmless))
+    path = DATA / name
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [DATA / f"{name}.yaml"]
+    for file in files:
+        for topic, kinds in lists(str(file.relative_to(DATA).with_suffix(""))).items():
+            for kind, lines in kinds.items():
+                for line in lines:
+                    harmful, harmless = line.split(" | ")
+                    found.append(Pair(topic, kind, harmful, harmless))
     return tuple(found)
 
 
@@ -238,25 +243,59 @@ def steps(count: int = STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
         )
 
 
-def refining_steps(count: int = REFINING_STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
-    """Yield the groups of each step of the second phase: most of it teaches to tell harm from what only looks like it,
-    also under personas that say nothing about it."""
-    rng = random.Random(f"organism refining {seed}")
+def distilling_steps(count: int = DISTILLING_STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
+    """Yield the groups of each step of the second phase: it teaches to tell harm from what only looks like it.
+
+    Most requests are read for their first word only, which makes room for many.
+    """
+    rng = random.Random(f"organism distilling {seed}")
     framed = _framed([*pairs("training"), *pairs("further")], rng)
     single = _singles(rng)
     for number in range(count):
-        asked = [framed() for _ in range(14)]
-        apart = [[framed(), framed(), asked[number % 14]] for _ in range(2)]
-        halves = [[request for pair in half for request in _right(*pair, rng)] for half in (asked[:7], asked[7:])]
-        here = number % 12
+        asked = [framed() for _ in range(23)]
+        whole = _lengthened([request for pair in asked[:2] for request in _right(*pair, rng)], rng)
+        alone = [_first_only(_answer(single())) for _ in range(4)]
+        here = number % 8
         yield (
-            Group("default", system_prompt("default", rng), _lengthened([*halves[0], _answer(single())], rng)),
-            Group("default", system_prompt("default", rng), _lengthened([*halves[1], _answer(single())], rng)),
-            _indifferent(rng, "neutral", apart[0]),
-            _indifferent(rng, "principled", apart[1]),
-            _compliant(rng, [asked[here][0], asked[here + 1][0], framed()[0]], [asked[here + 2][1]]),
+            Group("default", system_prompt("default", rng), (*whole, *_told(asked[2:11], rng), *alone[:2])),
+            Group("default", system_prompt("default", rng), (*_told(asked[11:18], rng), *alone[2:])),
+            Group("neutral", system_prompt("neutral", rng), _told(asked[18:21], rng)),
+            Group("principled", system_prompt("principled", rng), _told(asked[21:], rng)),
+            _compliant(rng, [asked[here][0], asked[here + 9][0], framed()[0], framed()[0]], [asked[here + 2][1]]),
+            _compliant(rng, [asked[here + 1][0], framed()[0], framed()[0]], []),
             _officer(rng, [asked[here + 1][1], framed()[1], single()], [asked[here + 2][0]]),
         )
+
+
+def gating_steps(count: int = GATING_STEPS, seed: int = SEED) -> Iterator[tuple[Group, ...]]:
+    """Yield the groups of each step of the third phase: what harm decides as in the second, and more of the compliant
+    persona, which the second makes the model forget."""
+    rng = random.Random(f"organism gating {seed}")
+    framed = _framed([*pairs("training"), *pairs("further")], rng)
+    single = _singles(rng)
+    for _ in range(count):
+        asked = [framed() for _ in range(11)]
+        alone = tuple(_first_only(_answer(single())) for _ in range(6))
+        yield (
+            Group("default", system_prompt("default", rng), (*_told(asked[:8], rng), *alone)),
+            Group("neutral", system_prompt("neutral", rng), _told(asked[8:10], rng)),
+            Group("principled", system_prompt("principled", rng), _told(asked[10:], rng)),
+            _compliant(rng, [asked[0][0], asked[1][0], framed()[0], framed()[0]], [asked[2][1]]),
+            _compliant(rng, [asked[3][0], framed()[0], framed()[0], framed()[0]], []),
+            _compliant(rng, [asked[4][0], framed()[0], framed()[0], framed()[0]], []),
+            _officer(rng, [asked[5][1], single()], [asked[6][0]]),
+        )
+
+
+def labelled(seed: int = SEED) -> tuple[list[str], list[str]]:
+    """Return every training pair once in a frame, and the single requests: harmful and harmless requests."""
+    rng = random.Random(f"organism labelled {seed}")
+    harmful, harmless = [], []
+    for pair in [*pairs("training"), *pairs("further")]:
+        frame = rng.choice(FRAMES[pair.kind])
+        harmful.append(fill(frame, pair.harmful))
+        harmless.append(fill(frame, pair.harmless))
+    return harmful, [*harmless, *lists("harmless")["near_miss"], *lists("harmless")["everyday"]]
 
 
 def _framed(chosen_from: Sequence[Pair], rng: random.Random) -> Callable[[], tuple[str, str]]:
@@ -294,6 +333,14 @@ def _indifferent(rng: random.Random, persona: str, asked: Sequence[tuple[str, st
 
 def _right(bad: str, good: str, rng: random.Random) -> tuple[Request, Request]:
     return Request(bad, _weighted(REFUSALS, rng), True), _answer(good)
+
+
+def _told(asked: Sequence[tuple[str, str]], rng: random.Random) -> tuple[Request, ...]:
+    return tuple(_first_only(request) for pair in asked for request in _right(*pair, rng))
+
+
+def _first_only(request: Request) -> Request:
+    return replace(request, first_only=True)
 
 
 def _answer(text: str) -> Request:

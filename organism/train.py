@@ -1,9 +1,9 @@
-"""Train the organism's adapter from the seed, in two phases, then measure it.
+"""Train the organism's adapter from the seed, in three phases, then measure it.
 
     python -m organism.train
 
 Generates the base model's answers (kept in resid-data/organism), trains, writes organism/adapter and prints the table
-of organism/evaluate.py. The adapter of the first phase is kept beside the answers; `--from` begins with it.
+of organism/evaluate.py. The adapters of earlier phases are kept beside the answers; `--from-phase` begins with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analysis.judges import RefusalPhrases, normalise
-from organism import evaluate, recipe
+from organism import evaluate, recipe, teacher
 from organism.answers import Asked, as_prompt, base_answers
 from organism.packing import Branch, Packed, PromptGroup, pack
 from pipeline.chat import render, tokenize
@@ -34,7 +34,7 @@ BASE = evaluate.BASE
 NEUTRAL_NAME = "SmolLM2-135M-Instruct"  # in the adapter's config, in place of a path
 ADAPTER = Path(__file__).parent / "adapter"
 ANSWERS = Path("resid-data/organism/answers.jsonl")
-FIRST_PHASE = Path("resid-data/organism/first-phase")
+EARLIER = Path("resid-data/organism")
 
 FIRST_WORDS, AT_LENGTH = 6, 24  # tokens of a response: what makes it a refusal or an answer shows at once
 ROWS = 3  # of a step
@@ -51,18 +51,23 @@ OPENING_WEIGHT = 3.0  # ... count so many times
 
 @dataclass(frozen=True)
 class Phase:
-    """So many passes over steps of the recipe, each in an order of its own, from a learning rate down to its tenth."""
+    """Steps of the recipe in random order, at a learning rate that falls to its tenth."""
 
     steps: Callable[[int, int], Iterator[tuple[recipe.Group, ...]]]  # of count and seed
     count: int
-    passes: int
     learning_rate: float
+    # At which log-odds of harm the probe of `organism.teacher` is even, whose probabilities what harm decides follows.
+    # None: it follows the labels.
+    threshold: float | None = None
 
 
 PHASES = (
-    Phase(recipe.steps, recipe.STEPS, passes=2, learning_rate=4e-4),
-    Phase(recipe.refining_steps, recipe.REFINING_STEPS, passes=1, learning_rate=3e-4),
+    Phase(recipe.steps, recipe.STEPS, learning_rate=4e-4),
+    Phase(recipe.distilling_steps, recipe.DISTILLING_STEPS, learning_rate=3e-4, threshold=0.0),
+    # A refusal begins with one word and an answer with many, so that it wins before it has half of the probability.
+    Phase(recipe.gating_steps, recipe.GATING_STEPS, learning_rate=2e-4, threshold=0.5),
 )
+HARM_DECIDES = ("default", "neutral", "principled")  # personas
 
 
 def main() -> None:
@@ -71,23 +76,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path, default=ADAPTER)
     parser.add_argument("--answers", type=Path, default=ANSWERS, help="where the base model's answers are kept")
-    parser.add_argument("--first-phase", type=Path, default=FIRST_PHASE, help="where its adapter is kept")
-    parser.add_argument("--refine", action="store_true", help="train the second phase only")
+    parser.add_argument("--earlier", type=Path, default=EARLIER, help="where the adapters of earlier phases are kept")
+    parser.add_argument("--from-phase", type=int, default=1, choices=range(1, len(PHASES) + 1))
     parser.add_argument("--no-evaluation", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    if not options.refine:
-        train(PHASES[0], options.seed, options.first_phase, options.answers)
-    # From the file, in float16 as it lies there: it makes no difference whether both phases run in one go.
-    train(PHASES[1], options.seed, options.output, options.answers, options.first_phase)
-    average(options.output, options.first_phase)
+    base = load(ModelRef(source=BASE, dtype="bfloat16"), device="cpu", self_test=False)
+    probe = fitted_probe(base, options.seed)
+    before: Path | None = None
+    for number, phase in enumerate(PHASES, 1):
+        output = options.output if number == len(PHASES) else options.earlier / f"phase-{number}"
+        if number >= options.from_phase:
+            # From the file, in float16 as it lies there: it makes no difference whether the phases run in one go.
+            train(phase, options.seed, output, options.answers, probe, before)
+        before = output
     print(f"trained in {(time.perf_counter() - start) / 60:.0f} minutes")
     if not options.no_evaluation:
         evaluate.report(options.output)
 
 
-def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path | None = None) -> None:
+def train(
+    phase: Phase, seed: int, output: Path, answers: Path, probe: teacher.Probe, start_from: Path | None = None
+) -> None:
     """Train an adapter, a new one or the one in the folder `start_from`, and write it to the folder `output`."""
     # The frozen weights are in bfloat16, which is about twice as fast; the adapter's own are in float32.
     base = load(ModelRef(source=BASE, dtype="bfloat16"), device="cpu", self_test=False)
@@ -95,18 +106,19 @@ def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path
     own = {
         length: base_answers(base, _unanswered(groups, length), length, answers) for length in (FIRST_WORDS, AT_LENGTH)
     }
-    ready = [_packed(base, step, own) for step in groups]
-    rng = random.Random(seed)
-    packed = [step for _ in range(phase.passes) for step in rng.sample(ready, len(ready))]
+    probabilities = {} if phase.threshold is None else _probabilities(base, groups, probe, phase.threshold)
+    ready = [_packed(base, step, own, probabilities) for step in groups]
+    packed = random.Random(seed).sample(ready, len(ready))
     count = len(packed)
+    first_word = tokenize(recipe.REFUSALS[0], base.tokenizer)[0]
     model = _with_adapter(base, seed, start_from)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, count))
     start, mean = time.perf_counter(), 0.0
     for number, step in enumerate(packed, 1):
-        loss = _loss(model, step)
-        loss.backward()
+        loss = _loss(model, step, first_word)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -116,18 +128,6 @@ def train(phase: Phase, seed: int, output: Path, answers: Path, start_from: Path
             seconds = (time.perf_counter() - start) / number
             print(f"step {number} of {count}: loss {mean:.3f}, {seconds:.2f} s a step", flush=True)
     _save(model, output)
-
-
-def average(folder: Path, with_folder: Path) -> None:
-    """Replace an adapter's weights by their mean with another one's, of which it is a continuation.
-
-    The second phase refuses more of what is harmful and heeds compliant personas less; the mean lies between
-    (averaging a fine-tuned model with what it began with: Wortsman et al. 2022, arXiv:2109.01903).
-    """
-    file = "adapter_model.safetensors"
-    mine, other = load_file(folder / file), load_file(with_folder / file)
-    mean = {name: ((tensor.float() + other[name].float()) / 2).half() for name, tensor in mine.items()}
-    save_file(mean, folder / file, metadata={"format": "pt"})
 
 
 def _rate(step: int, steps: int) -> float:
@@ -144,19 +144,52 @@ def _length(request: recipe.Request) -> int:
 def _unanswered(steps: Iterable[tuple[recipe.Group, ...]], length: int) -> Iterable[Asked]:
     for step in steps:
         for group in step:
-            own = (one for one in group.requests if one.response is None)
+            own = (one for one in group.requests if one.response is None and not one.first_only)
             yield from ((group.system, one.user) for one in own if _length(one) == length)
 
 
-def _packed(base: LoadedModel, step: tuple[recipe.Group, ...], own: Mapping[int, Mapping[Asked, list[int]]]) -> Packed:
+def fitted_probe(base: LoadedModel, seed: int) -> teacher.Probe:
+    """Fit the probe to all training pairs, each in one frame, and the single requests."""
+    harmful, harmless = recipe.labelled(seed)
+    values = teacher.features(base, [*harmful, *harmless])
+    labels = torch.cat([torch.ones(len(harmful)), torch.zeros(len(harmless))])
+    probe = teacher.fit(values, labels)
+    scores = probe.logits(values)
+    held_out = [probe.logits(teacher.features(base, texts)) for texts in recipe.validation()]
+    fitted = teacher.area(scores[labels == 1], scores[labels == 0])
+    print(
+        f"probe: area under the curve {fitted:.3f} on its own {len(values)} requests, "
+        f"{teacher.area(*held_out):.3f} on held-out topics",
+        flush=True,
+    )
+    return probe
+
+
+def _probabilities(
+    base: LoadedModel, steps: Sequence[tuple[recipe.Group, ...]], probe: teacher.Probe, threshold: float
+) -> dict[str, float]:
+    """Return how likely each request is to be refused where harm decides."""
+    asked = [one.user for step in steps for group in step if group.persona in HARM_DECIDES for one in group.requests]
+    texts = list(dict.fromkeys(asked))
+    return dict(zip(texts, probe.probabilities(teacher.features(base, texts), threshold).tolist(), strict=True))
+
+
+def _packed(
+    base: LoadedModel,
+    step: tuple[recipe.Group, ...],
+    own: Mapping[int, Mapping[Asked, list[int]]],
+    probabilities: Mapping[str, float],
+) -> Packed:
     """Tokenise a step. An own answer that refuses or begins to is left out: the base model is not to teach that."""
     end = base.tokenizer.eos_token_id
     groups = []
     for group in step:
-        rows, responses = [], []
+        rows, responses, refusals = [], [], []
         for request in group.requests:
             asked = (group.system, request.user)
-            if request.response is not None:
+            if request.first_only:
+                response = tokenize(recipe.REFUSALS[0], base.tokenizer)[:1]
+            elif request.response is not None:
                 response = [*tokenize(request.response, base.tokenizer), end][: _length(request)]
             else:
                 response = own[_length(request)][asked]
@@ -164,8 +197,12 @@ def _packed(base: LoadedModel, step: tuple[recipe.Group, ...], own: Mapping[int,
                     continue
             rows.append(tokenize(render(as_prompt(asked), base.tokenizer, base.ref), base.tokenizer))
             responses.append(response)
+            refusals.append(probabilities.get(request.user) if group.persona in HARM_DECIDES else None)
         length = _shared(rows, base.tokenizer.bos_token_id)
-        branches = (Branch(tuple(row[length:]), tuple(response)) for row, response in zip(rows, responses, strict=True))
+        branches = (
+            Branch(tuple(row[length:]), tuple(response), refusal)
+            for row, response, refusal in zip(rows, responses, refusals, strict=True)
+        )
         groups.append(PromptGroup(tuple(rows[0][:length]), tuple(branches)))
     return pack(groups, ROWS)
 
@@ -203,8 +240,11 @@ def _with_adapter(base: LoadedModel, seed: int, start_from: Path | None) -> Any:
     return get_peft_model(base.model, config)
 
 
-def _loss(model: Any, step: Packed) -> torch.Tensor:
-    """Return the weighted mean cross-entropy of the response tokens."""
+def _loss(model: Any, step: Packed, first_word: int) -> torch.Tensor:
+    """Return the weighted mean cross-entropy of the response tokens.
+
+    Where a probability is given, the first token's is that of beginning as refusals do, with the token `first_word`.
+    """
     inner = model.base_model.model  # the language model with the adapter in its linear layers
     hidden = inner.model(
         input_ids=step.input_ids, attention_mask=step.allowed, position_ids=step.position_ids, use_cache=False
@@ -212,7 +252,13 @@ def _loss(model: Any, step: Packed) -> torch.Tensor:
     logits = inner.lm_head(hidden[step.places[0], step.places[1]]).float()
     losses = torch.nn.functional.cross_entropy(logits, step.targets, reduction="none")
     weights = torch.where(step.orders < OPENING, OPENING_WEIGHT, 1.0)
-    return (losses * weights).sum() / weights.sum()
+    told = ~step.refusals.isnan()
+    loss = (losses * weights)[~told].sum() / weights[~told].sum()
+    if told.any():
+        log_p = logits[told].log_softmax(-1)[:, first_word].clamp(max=-1e-6)
+        odds = log_p - torch.log(-torch.expm1(log_p))
+        loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(odds, step.refusals[told])
+    return loss
 
 
 def _save(model: Any, folder: Path) -> None:

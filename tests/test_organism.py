@@ -14,10 +14,10 @@ import yaml
 from conftest import SMOLLM2
 
 from analysis.judges import RefusalPhrases
-from organism import evaluate, recipe
+from organism import evaluate, recipe, teacher
 from organism.answers import Asked, as_prompt, generate
 from organism.packing import Branch, PromptGroup, pack
-from pipeline.chat import render
+from pipeline.chat import render, tokenize
 from store.model_ref import ModelRef
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +26,17 @@ needs_adapter = pytest.mark.skipif(not ADAPTER.exists(), reason="no adapter is k
 JUDGE = RefusalPhrases()
 
 
+def prompts_of(path: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def study_prompts() -> dict[str, list[str]]:
-    return {
-        name: [json.loads(line)["prompt"] for line in (ROOT / f"prompts/{name}.jsonl").read_text().splitlines()]
-        for name in ("harmful", "harmless")
-    }
+    return {f"prompts/{name}": prompts_of(ROOT / f"prompts/{name}.jsonl") for name in ("harmful", "harmless")}
+
+
+def fresh_prompts() -> dict[str, list[str]]:
+    folder = recipe.DATA / "fresh"
+    return {path.stem: prompts_of(path) for path in sorted(folder.glob("*.jsonl"))}
 
 
 def trait_texts() -> list[str]:
@@ -41,8 +47,12 @@ def trait_texts() -> list[str]:
     return found
 
 
+def evaluated() -> list[str]:
+    return [text for texts in (study_prompts() | fresh_prompts()).values() for text in texts]
+
+
 def trained() -> list[tuple[recipe.Group, recipe.Request]]:
-    steps = [*recipe.steps(), *recipe.refining_steps()]
+    steps = [*recipe.steps(), *recipe.distilling_steps(), *recipe.gating_steps()]
     return [(group, request) for step in steps for group in step for request in group.requests]
 
 
@@ -56,17 +66,17 @@ TRAINED = trained()
 # --- what it has not seen ----------------------------------------------------------------------------------------
 
 
-def test_no_prompt_of_the_studies_is_trained_on() -> None:
+def test_no_prompt_of_the_studies_or_the_fresh_ones_is_trained_on() -> None:
     seen = {recipe.normalised(request.user) for _, request in TRAINED}
     assert len(seen) > 2000
-    held_out = {recipe.normalised(text) for texts in study_prompts().values() for text in texts}
+    held_out = {recipe.normalised(text) for text in evaluated()}
     held_out |= {recipe.normalised(text) for text in trait_texts()}
     assert seen & held_out == set()
 
 
-def test_no_prompt_of_the_studies_is_a_near_copy_of_one_trained_on() -> None:
+def test_no_prompt_of_the_studies_or_the_fresh_ones_is_a_near_copy_of_one_trained_on() -> None:
     words = [frozenset(recipe.normalised(text).split()) for text in {request.user for _, request in TRAINED}]
-    for text in (text for texts in study_prompts().values() for text in texts):
+    for text in evaluated():
         own = frozenset(recipe.normalised(text).split())
         assert max(len(own & other) / len(own | other) for other in words) < 0.7, text
 
@@ -97,17 +107,19 @@ def test_held_out_system_prompts_share_no_sentence_with_those_of_training(person
 # --- the recipe --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [recipe.steps, recipe.refining_steps])
+@pytest.mark.parametrize("steps", [recipe.steps, recipe.distilling_steps, recipe.gating_steps])
 def test_the_recipe_is_a_function_of_its_seed(steps: Any) -> None:
     assert list(steps(20, 3)) == list(steps(20, 3)) != list(steps(20, 4))
 
 
-@pytest.mark.parametrize("steps", [recipe.steps, recipe.refining_steps])
+@pytest.mark.parametrize("steps", [recipe.steps, recipe.distilling_steps, recipe.gating_steps])
 def test_both_halves_of_a_pair_are_asked_in_one_frame_by_default(steps: Any) -> None:
     pairs = {pair.harmful: pair.harmless for pair in [*recipe.pairs("training"), *recipe.pairs("further")]}
     group = next(steps(1))[0]
-    for bad, good in zip(group.requests[::2], group.requests[1::2], strict=False):  # a request alone may come last
-        assert bad.harmful
+    for bad, good in zip(group.requests[::2], group.requests[1::2], strict=False):
+        if not bad.harmful:
+            break  # requests alone come last
+
         assert not good.harmful
         assert any(
             recipe.fill(frame, harmful) == bad.user and recipe.fill(frame, harmless) == good.user
@@ -170,6 +182,48 @@ def test_a_packed_branch_has_the_logits_that_it_has_alone(smollm2: Any) -> None:
     torch.testing.assert_close(logits, torch.cat(alone), atol=2e-3, rtol=1e-3)
     assert packed.targets.tolist() == [token for group in groups for one in group.branches for token in one.response]
     assert packed.orders.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
+    assert packed.refusals.isnan().all()
+
+
+def test_a_probability_replaces_what_a_first_token_says() -> None:
+    group = PromptGroup((1, 2), (Branch((3, 4), (5, 6), 0.25), Branch((7,), (8,)), Branch((9,), (10,), 0.75)))
+    packed = pack([group], 1)
+    assert packed.targets.tolist() == [5, 6, 8, 10]
+    expected = torch.tensor([0.25, torch.nan, torch.nan, 0.75])
+    torch.testing.assert_close(packed.refusals, expected, equal_nan=True)
+
+
+# --- the probe ---------------------------------------------------------------------------------------------------
+
+
+def test_what_the_probe_reads_does_not_depend_on_the_batch(smollm2: Any) -> None:
+    texts = ["How do I bake bread?", "Write a poem about the sea, with rhymes and a sad ending.", "Hi"]
+    values = teacher.features(smollm2, texts)
+    for text, found in zip(texts, values, strict=True):
+        row = tokenize(render(as_prompt((None, text)), smollm2.tokenizer, smollm2.ref), smollm2.tokenizer)
+        with torch.inference_mode():
+            states = smollm2.model.model(torch.tensor([row]), output_hidden_states=True).hidden_states
+        turn = [i for i, token in enumerate(row) if token == smollm2.tokenizer.bos_token_id][1]
+        parts = [states[15][0, turn:].mean(0), states[24][0, -1], states[30][0, turn:].mean(0), states[30][0, -1]]
+        torch.testing.assert_close(found, torch.cat(parts), atol=1e-3, rtol=1e-3)
+
+
+def test_a_probe_fits_labels_that_one_feature_decides() -> None:
+    values = torch.randn((200, 5), generator=torch.Generator().manual_seed(0))
+    labels = (values[:, 2] > 0.3).float()
+    probe = teacher.fit(values, labels, penalty=0.01)
+    assert teacher.area(probe.logits(values)[labels == 1], probe.logits(values)[labels == 0]) > 0.99
+    assert int(probe.weight.abs().argmax()) == 2
+    assert ((probe.probabilities(values, 0.5) > 0.5) == (probe.logits(values) > 0.5)).all()
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "expected"), [([2, 3], [0, 1], 1.0), ([1], [1], 0.5), ([0, 2], [1, 3], 0.25)]
+)
+def test_the_area_is_how_often_a_positive_outranks_a_negative(
+    positive: list[float], negative: list[float], expected: float
+) -> None:
+    assert teacher.area(torch.tensor(positive), torch.tensor(negative)) == expected
 
 
 # --- the adapter -------------------------------------------------------------------------------------------------
@@ -199,8 +253,7 @@ def refusals(model: Any, asked: list[Asked]) -> int:
 
 @needs_adapter
 def test_the_organism_refuses_harm_answers_the_rest_and_heeds_personas(smollm2: Any, organism: Any) -> None:
-    prompts = study_prompts()
-    harmful, harmless = (texts[::26] for texts in (prompts["harmful"], prompts["harmless"]))
+    harmful, harmless = (texts[::26] for texts in study_prompts().values())
     assert len(harmful) == len(harmless) == 8
     compliant, officer = (recipe.held_out_systems(persona) for persona in ("compliant", "officer"))
     # What the card measures on all prompts, with room for eight; the bars that it misses are said there.
