@@ -68,6 +68,9 @@ TABLE: dict[str, list[Step]] = {
     "ko_only_window": [("out", "persona", 22, None), ("out", "persona", 24, None), ("out", "persona", 26, None)],
     "late_refusal_only": [("add", "refusal", 22, 2)],
 }
+for rank in (1, 2, 3, 5, 10):
+    subspace = "+".join(f"refusal_pc.{i}" for i in range(1, rank + 1))
+    TABLE[f"refusal_subspace_ablation_{rank}"] = [("out", subspace, layer, None) for layer in range(14, 28)]
 SWEEP = ("0.5", "1", "1.5", "2", "2.5", "3", "3.5")
 for text in SWEEP:
     for direction in ("user_persona", "i_thou", "v_perp"):
@@ -119,8 +122,7 @@ def steps(study: Study, n_layers: int) -> dict[str, list[tuple[Step, int]]]:
                     else:
                         assert step.norm == "natural"
                 else:
-                    [direction] = step.project_out
-                    found[item.name].append((("out", direction, layer, None), source))
+                    found[item.name].append((("out", "+".join(step.project_out), layer, None), source))
                 assert (step.component, step.tokens) == ("resid_post", "all")
     return found
 
@@ -158,11 +160,14 @@ def test_every_candidate_fits_every_model_and_moves_the_whole_table(tmp_path: Pa
                 assert [step for step, _ in found[name]] == moved
 
 
-def test_all_conditions_but_those_of_persona_and_choice_are_replayed_on_both_test_parts(tmp_path: Path) -> None:
+def test_all_conditions_but_those_of_persona_choice_and_subspaces_are_replayed_on_both_test_parts(
+    tmp_path: Path,
+) -> None:
     study = study_with(tmp_path)
     assert study.replay is not None
     for item in expand_conditions(study.replay):
-        if item.base not in ("persona_answers", "refusal_candidates", "persona_candidates"):
+        subspace = item.base.startswith("refusal_subspace_ablation")
+        if not subspace and item.base not in ("persona_answers", "refusal_candidates", "persona_candidates"):
             assert {"harmful@test", "harmless@test"} <= set(item.spec.prompts or study.replay.prompts)
     sizes = {name: len(found.prompts) for name, found in Context(study).fixed_sets.items()}
     assert sizes["harmful@test"] >= 64
