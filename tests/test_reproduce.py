@@ -38,8 +38,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": str(STUDY),
         "model": {"source": str(folder / "model"), "adapter": None},
         "prompts": {
-            "harmful": {"split": {"parts": {"train": 4, "val": 2, "test": 3}}},
-            "harmless": {"split": {"parts": {"train": 4, "val": 2, "test": 2}}},
+            # Ten components of the contrast need more than ten prompts a side.
+            "harmful": {"split": {"parts": {"train": 12, "val": 2, "test": 3}}},
+            "harmless": {"split": {"parts": {"train": 12, "val": 2, "test": 2}}},
         },
         "traits": {
             "compliant": {**trait, "keep": "all"},
