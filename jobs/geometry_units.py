@@ -13,7 +13,7 @@ from jobs.direction_tasks import make_task
 from store.directions import Direction
 from store.errors import MissingDataError
 from store.layers import resolve_layers
-from store.study_directions import DifferenceOfMeans, ancestors, reads
+from store.study_directions import DifferenceOfMeans, RandomMatched, Reading, ancestors, reads
 
 GeometryUnit = ExplainedVarianceUnit | CosineNullsUnit | SeparabilityUnit
 
@@ -55,15 +55,17 @@ def wanted_units(
                 context.row_texts(side, separability.responses, separability.keep)
                 for side in (separability.positive, separability.negative)
             )
+            sides = [*separability.positive, *separability.negative]
+            evaluated = _prompts(context, sides, separability.responses, separability.keep)
+            seen = {direction: len(evaluated & training_prompts(context, direction)) for direction in mine}
         except MissingDataError as error:
             waiting.append(f"geometry.{key}: {str(error).splitlines()[0]}")
             continue
-        evaluated = _prompts(context, [*separability.positive, *separability.negative])
         found_units = separability_units(
             name,
             str(context.store.location),
             mine,
-            {direction: len(evaluated & training_prompts(context, direction)) for direction in mine},
+            seen,
             resolve_layers(separability.layers, n_layers),
             separability.position,
             (one, other),
@@ -75,13 +77,24 @@ def wanted_units(
 
 
 def training_prompts(context: Context, direction: str) -> set[str]:
-    """Return the conversations that a direction, or any that it is computed from, was computed from."""
-    specs = ancestors(context.study.directions, direction)
-    return _prompts(context, [name for spec in specs for _, names in reads(spec) for name in names])
+    """Return the conversations that a direction, or any that it is computed from, was computed from.
+
+    Raises:
+        MissingDataError: if a prompt of it has no row any more, or its answers are not judged.
+    """
+    found: set[str] = set()
+    for spec in ancestors(context.study.directions, direction):
+        if isinstance(spec, Reading | RandomMatched):
+            names = [name for _, sets in reads(spec) for name in sets]
+            found |= _prompts(context, names, spec.responses, spec.keep)
+    return found
 
 
-def _prompts(context: Context, sets: Sequence[str]) -> set[str]:
-    return {prompt.conversation for name in set(sets) for prompt in context.prompt_set(name).prompts}
+def _prompts(context: Context, sets: Sequence[str], responses: str | None, keep: str | None) -> set[str]:
+    """Return the conversations of which rows count: with `keep`, those with an answer that does."""
+    return {
+        prompt.conversation for name in set(sets) for prompt, rows in context.prompt_rows(name, responses, keep) if rows
+    }
 
 
 def _means_tasks(context: Context, directions: Mapping[str, Direction]) -> dict[str, MeansTask]:

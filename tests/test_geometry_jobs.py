@@ -86,6 +86,8 @@ def test_families_and_analyses_come_out_of_the_cache(project: Project, resid: Re
     context = Context(load_study(project.study))
     directions = known_directions(context)
     layers = directions["refusal"].layers
+    facts = dict(directions["matched.7"].provenance or {})
+    assert [energy["layer"] for energy in facts["energies"]] == list(layers)
     roles = dict(directions["axis"].provenance or {})["roles"]
     assert sum(roles.values()) == 12
     assert len(roles) > 1

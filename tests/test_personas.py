@@ -163,12 +163,14 @@ def reference(project: Project, model: Any, tokenizer: Any, least: float, cohere
 
     rows: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
     turns: dict[str, list[str]] = {}
+    counting = 0
     for side in ("positive", "negative"):
         rows["model", side], turns[side] = [], []
         for instruction in trait["instructions"][side]:
             for question in trait["questions"]:
                 messages = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
                 before: list[str] = []
+                n_before = len(turns[side])
                 for seed in seeds:
                     answer = said(messages, seed)
                     text, key = answer["text"], answer["generation_key"]
@@ -179,6 +181,7 @@ def reference(project: Project, model: Any, tokenizer: Any, least: float, cohere
                     if shows == (side == "positive") and value[key, "coherence"] >= coherent:
                         rows["model", side].append(activations(messages, answer["token_ids"]))
                         turns[side].append(text)
+                counting += len(turns[side]) > n_before
     for side, other in (("positive", "negative"), ("negative", "positive")):
         rows["user", side] = []
         distinct = [text for i, text in enumerate(turns[side]) if text not in turns[side][:i] and text.strip()]
@@ -192,7 +195,8 @@ def reference(project: Project, model: Any, tokenizer: Any, least: float, cohere
                 if reply and reply not in before:
                     before.append(reply)
                     rows["user", side].append(activations(messages, reply))
-    found: dict[str, Any] = {"rows": {key: len(items) for key, items in rows.items()}}
+    found: dict[str, Any] = {"rows": {key: len(items) for key, items in rows.items()}, "activations": rows}
+    found["prompts with answers that count"] = counting
     for position in POSITIONS:
         for family in ("model", "user"):
             means = [
@@ -262,6 +266,104 @@ def test_the_loop_ends_with_the_directions_of_the_slow_reference(project: Projec
     code, out, _ = resid("plan", "--study", project.file)
     assert f"answers to t.positive under answers: {kept['positive']['t.positive']['kept']} of" in out
     assert "score: 0 scores to make" in out
+
+
+def with_every_method(study: dict[str, Any]) -> None:
+    """All answers are captured, so that it is `keep` of each method and analysis that chooses."""
+    study["capture"][0].pop("keep")
+    read = {"responses": "answers", "keep": "trait", "position": "response_avg"}
+    sides = {"positive": "t.positive", "negative": "t.negative", **read}
+    study["directions"] |= {
+        "pc": {"method": "principal_components", "index": 1, **sides},
+        "axis": {"method": "assistant_axis", "default": "t.negative", "roles": "t.positive", **read},
+    }
+    study["geometry"] = {
+        "cosine_nulls": {"directions": ["model_response_avg", "pc"], "resamples": 100},
+        "separability": {
+            "sides": {"directions": ["model_response_avg", "axis"], "resamples": 100, **sides},
+            "all": {
+                "positive": "t.positive",
+                "negative": "t.negative",
+                "responses": "answers",
+                "directions": ["axis", "user_response_avg"],
+                "resamples": 100,
+            },
+        },
+    }
+
+
+def test_every_method_and_analysis_reads_only_answers_that_count(project: Project, resid: Resid) -> None:
+    project.write(with_every_method)
+    code, _, err = resid("run", "--study", project.file)
+    assert code == 0, err
+    expected = reference(project, tiny_model("llama"), tiny_tokenizer(), 45, 60)
+    captured = project.ask(
+        "SELECT count(DISTINCT row_key) AS n FROM memberships WHERE prompt_set IN ('t.positive', 't.negative')"
+    )
+    one, other = (expected["activations"]["model", side] for side in ("positive", "negative"))
+    assert captured[0]["n"] > len(one) + len(other), "every answer counts, so nothing is shown"
+    axis, component = project.direction("axis"), project.direction("pc")
+    kept = project.kept("model_response_avg")
+    assert project.kept("pc") == kept
+    assert project.kept("axis") == {"default": kept["negative"], "roles": kept["positive"]}
+    for layer in range(3):
+        means = expected["model_response_avg"][layer]
+        assert np.abs(axis[layer] + means).max() <= 1e-4 * np.abs(means).max()
+        negative = np.mean([row["response_avg"][layer] for row in other], axis=0)
+        contrasts = np.stack([row["response_avg"][layer] for row in one]) - negative
+        first = np.linalg.svd(contrasts)[2][0]
+        assert component[layer] @ (first * np.sign(first @ means)) == pytest.approx(1, abs=1e-6)
+        [found] = project.ask(
+            f"FROM separability WHERE direction = 'axis' AND layer = {layer} AND analysis = 'sides' AND NOT held_out"
+        )
+        assert (found["n_positive"], found["n_negative"]) == (len(one), len(other))
+        projected = [[-row["response_avg"][layer] @ means for row in rows] for rows in (one, other)]
+        above = np.mean([(p > n) + (p == n) / 2 for p in projected[0] for n in projected[1]])
+        assert found["auc"] == pytest.approx(above, abs=1e-9)
+    nulls = {row["null"] for row in project.ask("FROM cosine_nulls")}
+    assert nulls == {"random", "permuted_labels"}
+    # Used to count every prompt of the sets, those without an answer that counts, too.
+    counting = expected["prompts with answers that count"]
+    assert counting < 12
+    seen = project.ask("SELECT DISTINCT analysis, direction, n_training FROM separability WHERE direction = 'axis'")
+    assert sorted((row["analysis"], row["n_training"]) for row in seen) == [("all", counting), ("sides", counting)]
+
+
+def test_an_analysis_that_waits_for_turns_of_the_user_leaves_the_others_alone(project: Project, resid: Resid) -> None:
+    """Used to end the stage with an error: what a direction was computed from was asked for outside its analysis."""
+    project.write(with_every_method)
+    assert resid("run", "--study", project.file)[0] == 0
+
+    def change(study: dict[str, Any]) -> None:
+        with_every_method(study)
+        study["replay"]["seeds"] = [0, 1, 2, 3]
+        study["geometry"]["alignment"] = [{"pair": ["axis", "pc"]}]
+
+    project.write(change)
+    code, out, err = resid("geometry", "--study", project.file)
+    assert code == 0, err
+    assert "geometry.separability.all: 6 answers of 'answers' to 't.positive' are not generated yet" in out
+    assert project.ask("SELECT count(*) AS n FROM alignments")[0]["n"] == 9
+
+
+def test_other_thresholds_make_every_method_and_analysis_anew(project: Project, resid: Resid) -> None:
+    project.write(with_every_method)
+    assert resid("run", "--study", project.file)[0] == 0
+    columns = "direction, layer, direction_key, n_positive + n_negative AS n"
+    before = project.ask(f"SELECT {columns} FROM separability WHERE analysis = 'sides' ORDER BY ALL")
+
+    def change(study: dict[str, Any]) -> None:
+        with_every_method(study)
+        study["traits"]["t"].update(trait_threshold=20, coherence_threshold=0)
+
+    project.write(change)
+    assert resid("run", "--study", project.file)[0] == 0
+    after = project.ask(f"SELECT {columns} FROM separability WHERE analysis = 'sides' ORDER BY ALL")
+    assert [(row["direction"], row["layer"]) for row in after] == [(row["direction"], row["layer"]) for row in before]
+    for old, new in zip(before, after, strict=True):
+        assert old["direction_key"] != new["direction_key"]
+        assert old["n"] < new["n"]
+    assert resid("geometry", "--study", project.file)[1].startswith("geometry: 0 blocks done")
 
 
 def test_a_study_s_thresholds_come_before_the_trait_file_s_and_move_rows_and_directions(
@@ -382,6 +484,20 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         without("geometry", "projections", 0, "keep"),
         "geometry.projections[0].prompts",
         "add `keep: trait` here",
+    ),
+    "separability over a kept capture": (
+        set_at("geometry")(
+            {"separability": {"s": {"positive": "t.positive", "negative": "t.negative", "responses": "answers"}}}
+        ),
+        "geometry.separability.s.positive",
+        "add `keep: trait` here",
+    ),
+    "an axis that keeps answers of nobody": (
+        set_at("directions", "axis")(
+            {"method": "assistant_axis", "default": "t.negative", "roles": "t.positive", "keep": "trait"}
+        ),
+        "directions.axis.keep",
+        "there are no answers to keep",
     ),
     "no trait judge": (without("judges", "trait"), "traits.t", "no judge of trait scores them"),
     "no coherence judge": (without("judges", "coherence"), "traits.t", "no judge of coherence scores them"),
