@@ -18,6 +18,7 @@ from store.layers import resolve_layers
 from store.study import Study
 from store.study_checks import pairs
 from store.study_choices import settled, with_choices
+from store.study_directions import ancestors, reads
 from store.study_expand import expand_conditions
 from store.study_file import load_study
 from store.study_interventions import Add
@@ -191,6 +192,32 @@ def test_the_texts_fit_the_time_that_the_study_states(tmp_path: Path) -> None:
     assert (len(same) + turns) * study.replay.decoding.max_new_tokens / 110 < 30 * 60
 
 
+def test_the_geometry_is_the_papers_and_its_test_prompts_are_held_out(tmp_path: Path) -> None:
+    study = study_with(tmp_path)
+    geometry, specs = study.geometry, study.directions
+    persona = {"persona", "persona_prompt_end", "persona_response_start"}
+    compared = {*persona, "refusal", "assistant_axis", "traits_pc"}
+    assert geometry.cosines == "all"
+    assert compared <= set(specs)
+    assert geometry.cosine_nulls is not None
+    assert compared <= set(geometry.cosine_nulls.directions)
+    assert ["persona", "refusal"] in [item.pair for item in geometry.alignment]
+    assert {f"refusal_pc.{i}" for i in range(1, 11)} <= set(specs)
+    traits = geometry.explained_variance["traits"]
+    assert traits.duplicate_cosine is not None
+    assert set(traits.directions) == {name for name in specs if name.endswith("_trait")}
+    separated = geometry.separability["harmful_on_test"]
+    read = {
+        name
+        for direction in separated.directions
+        for spec in ancestors(specs, direction)
+        for _, sets in reads(spec)
+        for name in sets
+    }
+    assert {"harmful@train", "harmless@train"} <= read
+    assert not any(name.endswith(("@test", "@val")) for name in read)
+
+
 def test_the_planned_comparisons_pair_up(tmp_path: Path) -> None:
     study = study_with(tmp_path)
     assert study.replay is not None
@@ -198,6 +225,7 @@ def test_the_planned_comparisons_pair_up(tmp_path: Path) -> None:
     [(projection, control)] = found["projection_against_random"]
     assert (projection.members, len(control.members)) == (("mp_only_ko_L22",), 4)
     assert len(found["sweep_against_baseline"]) == 7 + 3 * 7 + 7 + 3
+    assert len(found["refusal_subspaces"]) == 5
 
 
 @pytest.mark.parametrize(("file", "family", "n_layers", "d_model"), [

@@ -48,6 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "capture": capture,
         "directions": kept,
+        "geometry": {"separability": {"compliant_answers": {"keep": None}}},
         "replay": {"decoding": {"max_new_tokens": 3}, "block_rows": 1000, "batch_rows": 512},
         "judges": {"trait": None, "coherence": None},
         "store": str(folder / "store"),
