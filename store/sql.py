@@ -207,6 +207,8 @@ def connect(results: Location, activations: Location | None = None) -> duckdb.Du
         connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET autoload_known_extensions = false")
         connection.execute("SET TimeZone = 'UTC'")
+        # DuckDB draws it on standard output, into what is printed there, wherever it takes Python to be interactive.
+        connection.execute("SET enable_progress_bar = false")
         connection.execute(f"SET temp_directory = {_quoted(str(Path(tempfile.gettempdir()) / 'resid-sql'))}")
         root = str(results) if results.is_local else f"{REMOTE}://"
         connection.execute(f"SET allowed_directories = [{_quoted(root)}]")

@@ -424,3 +424,15 @@ def test_projecting_keeps_two_numbers_of_each_row(tmp_path: Path) -> None:
     mean, grown = done.stdout.splitlines()
     assert "64.0" in mean  # 4096 ones on the unit vector of 4096 ones
     assert float(grown) < 256 / 2
+
+
+def test_no_progress_bar_is_drawn_into_the_output(tmp_path: Path) -> None:
+    """Used to happen: under `python -c`, which DuckDB takes for a person at a prompt, once a query took two seconds."""
+    code = (
+        "import sys; from store.sql import connect, query; from store.location import Location\n"
+        "with connect(Location.of(sys.argv[1]), Location.of(sys.argv[2])) as c:\n"
+        "    print(query(c, \"SELECT current_setting('enable_progress_bar') AS bar\").to_pydict())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "results"), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "{'bar': [False]}\n"
