@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from analysis.separability import separability
 from organism.answers import as_prompt
 from pipeline.batching import by_token_budget, pad
 from pipeline.chat import render, tokenize
@@ -92,6 +93,6 @@ def fit(values: Tensor, harmful: Tensor, penalty: float = PENALTY) -> Probe:
 
 
 def area(positive: Tensor, negative: Tensor) -> float:
-    """Return the area under the ROC curve of two samples of scores."""
-    above = (positive[:, None] > negative[None]).float() + 0.5 * (positive[:, None] == negative[None]).float()
-    return above.mean().item()
+    """Return the area under the ROC curve of two samples of scores, [score] each."""
+    sides = (side.double().numpy() for side in (positive, negative))
+    return separability(*sides)[0]

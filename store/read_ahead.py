@@ -30,20 +30,20 @@ class Budget:
     """Bytes that several readers share. Each may hold one request whatever others hold, so none waits for another."""
 
     def __init__(self, most: int):
-        self._most, self._used = most, 0
+        self._most, self.used = most, 0
         self._lock = threading.Lock()
 
     def take(self, nbytes: int, even_so: bool) -> bool:
         """Take `nbytes` if they are left, or `even_so`; return whether they were taken."""
         with self._lock:
-            if not even_so and self._used + nbytes > self._most:
+            if not even_so and self.used + nbytes > self._most:
                 return False
-            self._used += nbytes
+            self.used += nbytes
             return True
 
     def give_back(self, nbytes: int) -> None:
         with self._lock:
-            self._used -= nbytes
+            self.used -= nbytes
 
 
 _in_flight = Budget(IN_FLIGHT)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from store.layers import LayerNumber, Layers
 from store.references import Reference
 from store.sites import Component
-from store.study_types import Names, Strict
+from store.study_types import Listed, Strict
 from store.yaml_file import fault, nearest
 
 
@@ -100,17 +100,12 @@ class ProjectOut(Strict):
         "norm": "project_out takes no norm: it removes the component whole",
     }
 
-    project_out: Names
+    project_out: Listed
     layers: Layers
     component: Component = "resid_post"
     tokens: Tokens = "all"
     from_layer: LayerNumber | None = None
     from_offset: int = 0
-
-    @field_validator("project_out", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class Clamp(Strict):

@@ -217,15 +217,6 @@ def test_a_probe_fits_labels_that_one_feature_decides() -> None:
     assert ((probe.probabilities(values, 0.5) > 0.5) == (probe.logits(values) > 0.5)).all()
 
 
-@pytest.mark.parametrize(
-    ("positive", "negative", "expected"), [([2, 3], [0, 1], 1.0), ([1], [1], 0.5), ([0, 2], [1, 3], 0.25)]
-)
-def test_the_area_is_how_often_a_positive_outranks_a_negative(
-    positive: list[float], negative: list[float], expected: float
-) -> None:
-    assert teacher.area(torch.tensor(positive), torch.tensor(negative)) == expected
-
-
 # --- the adapter -------------------------------------------------------------------------------------------------
 
 
