@@ -99,7 +99,8 @@ class ReplayPlan:
         return {entry.responses for entry in study.capture} | {trait.answers for trait in study.traits.values()}
 
     def decoding_key(self, condition: Condition) -> str:
-        return decoding_key(decoding_of(self.replay, condition.spec), self.monitor_of(condition))
+        decoding = decoding_of(self.replay, condition.spec)
+        return decoding_key(decoding, self.monitor_of(condition), self.replay.engine)
 
     @cached_property
     def wanted(self) -> list[Wanted]:
@@ -255,8 +256,9 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
             "monitor": monitor,
             "batch_rows": plan.replay.batch_rows,
             "study": context.study.name,
-            "decoding_key": decoding_key(decoding, monitor),
+            "decoding_key": decoding_key(decoding, monitor, plan.replay.engine),
             "provenance": {"study": context.study.name, "versions": versions()},
+            "engine": plan.replay.engine,
         }
         total = sum(len(block.items) for block in blocks)
         with progress.task("replay", total, "generations") as advance:

@@ -90,6 +90,10 @@ class Program:
         """Tell whether the program changes anything at a site."""
         return site in self._steps
 
+    def tokens(self, site: Site) -> Tensor:
+        """Indices in the pass of the tokens that change at a site, ascending, each once."""
+        return torch.cat([step.tokens for step in self._steps[site]]).unique()
+
     def monitored(self) -> Tensor | None:
         """Projections of each segment's last token in the last forward pass, [segment, site, direction] float32;
         None if nothing is monitored."""

@@ -206,6 +206,15 @@ def weight_files(folder: Path) -> list[str]:
     )
 
 
+def model_folder(ref: ModelRef) -> Path:
+    """Return a local folder with config, tokenizer and weights, downloaded or converted where it must be.
+
+    Raises:
+        ModelError: if that fails.
+    """
+    return _folder(ref, weights=True)
+
+
 def _folder(ref: ModelRef, *, weights: bool) -> Path:
     """Return a local folder with config and tokenizer, and with ``weights`` also those."""
     match ref.kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,7 @@ class ReplayEngine:
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
         waiting = [Waiting(i, Entrant(jobs[i].prompt, jobs[i].condition.operations), jobs[i].prompt) for i in order]
         scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))))
-        noise = {} if self.decoding.greedy else {i: self._noise(job) for i, job in enumerate(jobs)}
+        noise = {} if self.decoding.greedy else {i: noise_of(job, self.decoding) for i, job in enumerate(jobs)}
 
         def choose(passed: Passed, rows: Sequence[int]) -> tuple[Tensor, list[bool]]:
             return self._choose(
@@ -169,19 +170,11 @@ class ReplayEngine:
                 output.finish_reason = "stop"
             else:
                 output.token_ids.append(token)
-                output.ended_by = self._stop_string(output.token_ids)
+                output.ended_by = stop_string(self.model.tokenizer, self.decoding, output.token_ids)
                 if output.ended_by is not None:
                     output.finish_reason = "stop"
             ended.append(output.finish_reason == "stop" or len(output.token_ids) == self.decoding.max_new_tokens)
         return tokens, ended
-
-    def _stop_string(self, token_ids: Sequence[int]) -> str | None:
-        """Return the stop string that a text holds first."""
-        if not self.decoding.stop:
-            return None
-        text = self.decode(token_ids)
-        found = [(text.index(stop), stop) for stop in self.decoding.stop if stop in text]
-        return min(found)[1] if found else None
 
     def _refuse_non_finite(self, logits: Tensor, jobs: Sequence[Job]) -> None:
         broken = ~logits.amax(dim=-1).isfinite()  # the maximum of a row with NaN is NaN
@@ -193,22 +186,42 @@ class ReplayEngine:
                 f"  remedy: a smaller coefficient, or a dtype with more range than {self.model.dtype}"
             )
 
-    def _noise(self, job: Job) -> npt.NDArray[np.float64]:
-        """Uniform numbers [token] of a row, from its seed and content; conditions share them, which pairs them."""
-        digest = hashlib.sha256(f"{job.seed}:{job.row.key}".encode()).digest()
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-        return generator.random(self.decoding.max_new_tokens)
-
     def text(self, output: Output) -> str:
         """Return a generated text, up to its stop string."""
-        text = self.decode(output.token_ids)
-        return text if output.ended_by is None else text[: text.index(output.ended_by)]
+        return text_of(self.model.tokenizer, output)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return generated tokens as text, special tokens left out."""
-        text = self.model.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+        return decoded(self.model.tokenizer, token_ids)
+
+
+def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Return generated tokens as text, special tokens left out."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def text_of(tokenizer: Any, output: Output) -> str:
+    """Return a generated text, up to its stop string."""
+    text = decoded(tokenizer, output.token_ids)
+    return text if output.ended_by is None else text[: text.index(output.ended_by)]
+
+
+def stop_string(tokenizer: Any, decoding: Decoding, token_ids: Sequence[int]) -> str | None:
+    """Return the stop string that a text holds first."""
+    if not decoding.stop:
+        return None
+    text = decoded(tokenizer, token_ids)
+    found = [(text.index(stop), stop) for stop in decoding.stop if stop in text]
+    return min(found)[1] if found else None
+
+
+def noise_of(job: Job, decoding: Decoding) -> npt.NDArray[np.float64]:
+    """Uniform numbers [token] of a row, from its seed and content; conditions share them, which pairs them."""
+    digest = hashlib.sha256(f"{job.seed}:{job.row.key}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator.random(decoding.max_new_tokens)
 
 
 def stop_token_ids(model: LoadedModel) -> frozenset[int]:

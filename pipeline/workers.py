@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
 from pipeline.capture import CaptureEngine
 from pipeline.gguf_files import cache_folder
-from pipeline.models import LoadedModel, load
+from pipeline.models import LoadedModel, load, model_fingerprint
 from pipeline.replay import Job, Output, ReplayEngine
 from store.activations import ActivationStore, BlockRef
 from store.conditions import Condition, MonitorPlan
@@ -28,6 +29,10 @@ from store.results import ResultStore
 from store.rows import Row
 from store.schemas import TABLES
 from store.study import Decoding
+from store.study_types import EngineName
+
+if TYPE_CHECKING:
+    from pipeline.vllm_engine import VllmEngine
 
 
 def _load(ref: ModelRef, fingerprint: str) -> LoadedModel:
@@ -36,16 +41,24 @@ def _load(ref: ModelRef, fingerprint: str) -> LoadedModel:
     Raises:
         MismatchError: if its files are others on this machine.
     """
+    _set_threads()
+    model = load(ref)
+    _check_files(ref, model.fingerprint, fingerprint)
+    return model
+
+
+def _set_threads() -> None:
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None and threads.isdecimal():
         torch.set_num_threads(int(threads))
-    model = load(ref)
-    if model.fingerprint != fingerprint:
+
+
+def _check_files(ref: ModelRef, found: str, fingerprint: str) -> None:
+    if found != fingerprint:
         raise MismatchError(
-            f"{ref.source} has fingerprint {model.fingerprint[:16]} on this worker, and {fingerprint[:16]} where the "
+            f"{ref.source} has fingerprint {found[:16]} on this worker, and {fingerprint[:16]} where the "
             "study was started\n  remedy: pin `revision`, or give every node the same files"
         )
-    return model
 
 
 class CaptureWorker:
@@ -137,13 +150,34 @@ class ReplayWorker:
         study: str,
         decoding_key: str,
         provenance: Mapping[str, Any],
+        engine: EngineName = "resid",
     ):
+        """Load the model into the engine that the study names.
+
+        Raises:
+            ModelError: if that engine is not installed, or does not serve the model.
+            MismatchError: if the model's files are others on this machine.
+        """
         self.results = ResultStore(Location.of(results))
-        self.model = _load(ref, fingerprint)
-        self.engine = ReplayEngine(self.model, decoding, monitor, batch_rows)
+        self.fingerprint = fingerprint
+        receipts = self.results.location / "receipts" / fingerprint[:16]
+        self.engine: ReplayEngine | VllmEngine
+        if engine == "vllm":
+            from pipeline.vllm_engine import VllmEngine, check_model, vllm_version
+
+            provenance = {**provenance, "engine": f"vllm {vllm_version()}"}
+            check_model(ref)
+            _check_files(ref, model_fingerprint(ref), fingerprint)
+            _set_threads()
+            self.engine = VllmEngine(ref, decoding, monitor, batch_rows)
+            laws = json.dumps({**dataclasses.asdict(self.engine.laws), "engine": self.engine.path}, indent=1)
+            (receipts / "self_test_vllm.json").create(laws.encode())
+        else:
+            model = _load(ref, fingerprint)
+            self.engine = ReplayEngine(model, decoding, monitor, batch_rows)
+            write_receipt(receipts, model)
         self.conditions, self.monitor = dict(conditions), monitor
         self.study, self.decoding_key, self.provenance = study, decoding_key, dict(provenance)
-        write_receipt(self.results.location / "receipts" / fingerprint[:16], self.model)
 
     def run(self, block: ReplayBlock) -> dict[str, Any]:
         """Generate and commit one block; the generations are committed last, which makes the block done."""
@@ -165,7 +199,7 @@ class ReplayWorker:
             {
                 "generation_key": item.key,
                 "study": self.study,
-                "model": self.model.fingerprint,
+                "model": self.fingerprint,
                 "row_key": item.row.key,
                 "prompt_id": item.row.prompt_id,
                 "condition_key": item.condition,

@@ -22,6 +22,7 @@ from store.sites import Site
 from store.study import ConditionSpec, Decoding, Monitor, Replay
 from store.study_expand import expand_conditions
 from store.study_interventions import Add, Clamp, MatchNorm, ProjectOut, TokenRange, Tokens, directions_of
+from store.study_types import EngineName
 from store.yaml_file import where
 
 
@@ -257,12 +258,18 @@ def resolve_monitor(monitor: Monitor | None, directions: Mapping[str, Direction]
     return MonitorPlan(names, tuple(directions[name].key for name in names), units)
 
 
-def decoding_key(decoding: Decoding, monitor: MonitorPlan | None) -> str:
-    """Identify how text is generated and what is recorded on the way."""
+def decoding_key(decoding: Decoding, monitor: MonitorPlan | None, engine: EngineName = "resid") -> str:
+    """Identify how text is generated and what is recorded on the way.
+
+    Engines agree but for near ties, and those are enough to keep their texts apart.
+    """
     how = decoding.model_dump()
     if not how["stop"]:
         del how["stop"]  # texts that were generated before there were stop strings keep their key
-    return fingerprint({"decoding": how, "monitor": None if monitor is None else monitor.key})
+    what: dict[str, object] = {"decoding": how, "monitor": None if monitor is None else monitor.key}
+    if engine != "resid":  # left out for the built-in engine: keys of before stay
+        what["engine"] = engine
+    return fingerprint(what)
 
 
 def generation_key(model: str, row_key: str, condition_key: str, decoding: str, seed: int) -> str:

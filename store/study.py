@@ -34,6 +34,7 @@ from store.study_select import Claim, Comparison, Selection
 from store.study_traits import Keep, TraitSource
 from store.study_types import (
     CapturePosition,
+    EngineName,
     JudgeOption,
     Name,
     Names,
@@ -182,6 +183,7 @@ class Replay(Strict):
     decoding: Decoding = Decoding()
     seeds: list[int] = Field(default=[0], min_length=1)
     monitor: Monitor | None = None
+    engine: EngineName = Field(default="resid", description="what generates: the built-in engine, or vLLM (an extra)")
     batch_rows: int = Field(default=128, ge=1, description="rows (prompt x condition) decoded together")
     block_rows: int = Field(default=256, ge=1, description="rows committed together")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -12,6 +12,7 @@ from store.yaml_file import fault, nearest
 
 Scalar = str | int | float | bool | None
 JudgeOption = Scalar | list[Scalar]
+EngineName = Literal["resid", "vllm"]
 
 
 class Strict(BaseModel):

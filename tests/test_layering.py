@@ -41,6 +41,7 @@ ONE_PLACE = {
     "matplotlib": ("analysis/",),
     "datasets": ("store/prompt",),
     "httpx": ("pipeline/judge_client.py",),
+    "vllm": ("pipeline/vllm_engine.py",),
 }
 # Stages that work from what is stored: the model's libraries stay out of their process.
 WITHOUT_TORCH = ("directions", "geometry", "score", "compare", "sql", "report")

@@ -25,7 +25,7 @@ from pipeline.lean_llama import LeanLlama, why_not
 from pipeline.lean_runner import LeanRunner
 from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
-from pipeline.replay import Job, Output, ReplayEngine, next_tokens, stop_token_ids
+from pipeline.replay import Job, Output, ReplayEngine, next_tokens, noise_of, stop_token_ids
 from pipeline.runners import Entrant, Passed
 from pipeline.scheduler import Scheduler, Waiting, without
 from store.conditions import MonitorPlan
@@ -622,7 +622,7 @@ def test_sampled_tokens_are_those_of_the_logits_of_an_unbatched_pass() -> None:
     for job, output in zip(jobs, chosen.run(jobs), strict=True):
         prompt = job.row.token_ids
         logits, _ = teacher_forced(model.model, (*prompt, *output.token_ids), programs[job.condition.name], len(prompt))
-        uniform = torch.from_numpy(chosen._noise(job))
+        uniform = torch.from_numpy(noise_of(job, chosen.decoding))
         again = next_tokens(logits[:-1], SAMPLED, uniform)
         assert again.tolist() == output.token_ids
 
