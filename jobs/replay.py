@@ -244,7 +244,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     plan.write_tables()
     groups, report.cached = plan.blocks()
     report.waiting = [*plan.waiting, *plan.chooser.waiting.values()]
-    from pipeline.workers import ReplayWorker
+    from pipeline.workers import ReplayWorker, release_engine
 
     for monitor, decoding, blocks in groups:
         kwargs = {
@@ -266,6 +266,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
         failed = {failure.block_id for failure in outcome.failed}
         report.done += sum(len(block.items) for block in blocks if block.id not in failed)
         report.failed += [f"block {failure.block_id}: {failure.cause}" for failure in outcome.failed]
+    release_engine(plan.replay.engine)
     return report
 
 

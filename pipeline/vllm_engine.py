@@ -8,6 +8,7 @@ model, adapters, and sites behind a residual multiplier.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -231,8 +232,26 @@ class VllmEngine:
         return text_of(self.tokenizer, output)
 
 
+# The one model that vLLM has in this process. It takes most of a GPU and starts slowly, and a study's replay makes an
+# engine for each way of decoding.
+_RUNNING: dict[tuple[tuple[str, Any], ...], Any] = {}
+
+
+def release() -> None:
+    """Let go of the model that vLLM has in this process, for stages that follow here; engines of it end."""
+    if not _RUNNING:
+        return
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    _, llm = _RUNNING.popitem()
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def _started(ref: ModelRef, batch_rows: int, options: dict[str, Any]) -> Any:
-    """Return a vllm.LLM with the model.
+    """Return a vllm.LLM with the model: the one that runs, if it was started in the same way.
 
     Raises:
         ModelError: if vLLM cannot load it.
@@ -241,6 +260,7 @@ def _started(ref: ModelRef, batch_rows: int, options: dict[str, Any]) -> Any:
     from vllm import LLM
 
     chosen: dict[str, Any] = {
+        "model": str(model_folder(ref)),
         "dtype": compute_dtype(ref),
         "enforce_eager": True,
         "enable_prefix_caching": False,
@@ -255,9 +275,12 @@ def _started(ref: ModelRef, batch_rows: int, options: dict[str, Any]) -> Any:
     }
     if default_device().type == "cpu":
         chosen["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-    folder = model_folder(ref)
+    key = tuple(sorted({**chosen, **options}.items()))
+    if key in _RUNNING:
+        return _RUNNING[key]
+    release()
     try:
-        return LLM(model=str(folder), **{**chosen, **options})
+        return _RUNNING.setdefault(key, LLM(**dict(key)))
     except (ValueError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(

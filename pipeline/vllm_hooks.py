@@ -61,6 +61,7 @@ class Record:
     monitored: dict[int, dict[int, npt.NDArray[np.float32]]] = field(default_factory=dict)  # job -> pass -> values
     passes: int = 0
     chunks: int = 0  # pieces of prompts after which prompts went on
+    resumed: int = 0  # pieces of rows whose keys and values were dropped and computed again, responses included
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ReplayExtension:
             ModelError: if the model has no such site, or vLLM's model keeps it in another form.
         """
         self.resid_end()
-        self._resid_hooks = StepHooks(self.model_runner, work)
+        self._resid_hooks: StepHooks | None = StepHooks(self.model_runner, work)
 
     def resid_end(self) -> Record:
         """Take the hooks away and return what they recorded."""
@@ -121,7 +122,7 @@ class StepHooks:
         model.compute_logits = self._logits
         self._handles = [
             model.register_forward_pre_hook(lambda module, args: self._begin()),
-            *hook_sites(find_architecture(model), work.sites, lambda: self._pass and self._pass.program, self._rows),
+            *hook_sites(find_architecture(model), work.sites, self._current, self._rows),
             model.register_forward_hook(lambda module, args, output: self._done()),
         ]
 
@@ -158,7 +159,11 @@ class StepHooks:
             program, rows = self._program(segments), {}
         self.record.passes += 1
         self.record.chunks += int((token < 0).sum())
+        self.record.resumed += int(((token > 0) & (lengths > 1)).sum())
         self._pass = _Pass(program, jobs, token, rows)
+
+    def _current(self) -> SiteProgram | None:
+        return None if self._pass is None else self._pass.program
 
     def _program(self, segments: Sequence[Segment]) -> Program:
         return Program(segments, self.runner.device, self.work.monitor)

@@ -1,8 +1,9 @@
 """The site self-test on vLLM's model: one pass in which a known vector is written at every site, and read again.
 
-The laws of `pipeline.selftest` in one go. With a vector added at all four sites of every block, what block L+1 reads is
-what block L was made to return, and ``resid_pre + attn_out + mlp_out == resid_post`` holds for the written values:
-both fail where a write does not reach the stream, or a name means another place in vLLM's model.
+The laws of `pipeline.selftest` in one go. A vector is added to every other token at all four sites of every block. What
+block L+1 reads is then what block L was made to return, and ``resid_pre + attn_out + mlp_out == resid_post`` holds for
+the written values: both fail where a write does not reach the stream, or a name means another place in vLLM's model.
+Tokens that nothing is written to go through the model as vLLM made it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Laws:
 
 
 class Probe:
-    """Writes at every site of the first pass that comes, and keeps what the stream then holds there."""
+    """Writes at every site of the first pass that comes, to every other token, and keeps what the stream then holds."""
 
     def __init__(self, n_layers: int, d_model: int):
         self.n_layers = n_layers
@@ -49,8 +50,9 @@ class Probe:
     def __call__(self, site: Site, h: Tensor) -> Tensor:
         if site not in self._written:
             self._read[site] = h.clone()
-            size = WRITE_SIZE * h.float().norm(dim=-1, keepdim=True)
-            h += (size * self._vectors[site].to(h.device)).to(h.dtype)
+            some = h[::2]
+            size = WRITE_SIZE * some.float().norm(dim=-1, keepdim=True)
+            h[::2] = some + (size * self._vectors[site].to(h.device)).to(h.dtype)
             self._written[site] = h.clone()
         return h
 
@@ -59,7 +61,7 @@ class Probe:
 
     def tokens(self, site: Site) -> Tensor:
         written = self._written[site]
-        return torch.arange(len(written), device=written.device)
+        return torch.arange(0, len(written), 2, device=written.device)
 
     def laws(self) -> Laws:
         """Compare what was read and written in the pass."""

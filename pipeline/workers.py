@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ def _check_files(ref: ModelRef, found: str, fingerprint: str) -> None:
             f"{ref.source} has fingerprint {found[:16]} on this worker, and {fingerprint[:16]} where the "
             "study was started\n  remedy: pin `revision`, or give every node the same files"
         )
+
+
+def release_engine(engine: EngineName) -> None:
+    """Free what workers of an engine keep in this process, where they ran in it, for the stages that follow."""
+    if engine == "vllm" and "pipeline.vllm_engine" in sys.modules:
+        from pipeline.vllm_engine import release
+
+        release()
 
 
 class CaptureWorker:

@@ -84,6 +84,12 @@ def test_texts_from_before_stop_strings_keep_their_key() -> None:
     assert decoding_key(Decoding(max_new_tokens=9, stop=["x"]), None) != expected
 
 
+def test_texts_of_another_engine_have_a_key_of_their_own_and_those_of_the_built_in_one_keep_theirs() -> None:
+    decoding = Decoding(max_new_tokens=9)
+    assert decoding_key(decoding, None, "resid") == decoding_key(decoding, None)
+    assert decoding_key(decoding, None, "vllm") != decoding_key(decoding, None)
+
+
 def test_a_sweep_becomes_one_condition_per_coefficient_with_distinct_names() -> None:
     values = [1, 2.5, -1.0, 0, 0.1234567, 0.1234568, 1e-7]
     sweep = [{"project_out": "a", "layers": 1}, {"add": "bb", "layers": [2], "coefficient": values}]

@@ -124,6 +124,14 @@ FAULTS = {
         "",
     ),
     "number for text": ("source: org/model", "source: 7", 3, "model.source", "it must be text, not 7", '"7"'),
+    "engine": (
+        "replay:\n",
+        "replay:\n  engine: vlm\n",
+        30,
+        "replay.engine",
+        "vlm",
+        "vllm",
+    ),
     "text for a list": (
         "- prompts: [harmful@train, harmless]",
         "- prompts: harmless",

@@ -109,18 +109,24 @@ def watched(conditions: Sequence[Condition]) -> MonitorPlan:
     vectors = {condition.name: condition.operations[0].vectors for condition in conditions if condition.operations}
     unit = np.concatenate([vectors["add early"], vectors["add late"]])
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    sites = (Site("resid_pre", 0), Site("resid_post", 7), Site("attn_out", 15), Site("mlp_out", 20), Site("resid_post", 29))
+    sites = (
+        Site("resid_pre", 0),
+        Site("resid_post", 7),
+        Site("attn_out", 15),
+        Site("mlp_out", 20),
+        Site("resid_post", 29),
+    )
     return MonitorPlan(("a", "b"), ("ka", "kb"), dict.fromkeys(sites, unit))
 
 
 @pytest.fixture(scope="module")
-def engine(conditions: list[Condition]) -> Iterator[Any]:
+def engine(conditions: list[Condition]) -> Any:
     """One engine for all tests, which change what it decodes: vLLM starts once in a process."""
     from pipeline.vllm_engine import VllmEngine
 
-    # Prompts of more tokens than this are read in pieces.
-    options = {"max_num_batched_tokens": 64, "kv_cache_memory_bytes": 1 << 29, "max_model_len": 512}
-    yield VllmEngine(ModelRef(source=SMOLLM2), Decoding(max_new_tokens=N_TOKENS), None, 48, **options)
+    # Prompts are read in pieces, and memory runs out: rows are dropped and computed again.
+    options = {"max_num_batched_tokens": 64, "kv_cache_memory_bytes": 3 << 25, "block_size": 32, "max_model_len": 128}
+    return VllmEngine(ModelRef(source=SMOLLM2), Decoding(max_new_tokens=N_TOKENS), None, 48, **options)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +154,7 @@ def gap(model: Any, job: Any, first: Sequence[int], token: int) -> float:
     import torch
     from slow_reference import Step, teacher_forced
 
-    steps = [
-        Step(o.kind, o.site, torch.from_numpy(o.vectors), o.tokens, o.value) for o in job.condition.operations
-    ]
+    steps = [Step(o.kind, o.site, torch.from_numpy(o.vectors), o.tokens, o.value) for o in job.condition.operations]
     logits, _ = teacher_forced(model.model, [*job.prompt, *first], steps, len(job.prompt))
     return float((logits[-1].max() - logits[-1][token]) / logits[-1].abs().max())
 
@@ -177,13 +181,16 @@ def test_texts_are_the_built_in_engines_but_for_near_ties(
         print(
             f"\nvLLM against the built-in engine: {first} of {len(jobs)} first tokens, {len(jobs) - apart} of "
             f"{len(jobs)} texts of {N_TOKENS} tokens the same; gaps {sorted(gaps)}; {record.passes} passes, "
-            f"{record.chunks} pieces of prompts"
+            f"{record.chunks} pieces of prompts, {record.resumed} of rows computed again"
         )
     assert record.chunks > 0
+    assert record.resumed > 0
     assert first >= 0.99 * len(jobs)
     assert all(found < NEAR_TIE for found in gaps)
-    texts = {condition: [o.token_ids for j, o in zip(jobs, ours, strict=True) if j.condition.name == condition]
-             for condition in {job.condition.name for job in jobs}}
+    texts = {
+        condition: [o.token_ids for j, o in zip(jobs, ours, strict=True) if j.condition.name == condition]
+        for condition in {job.condition.name for job in jobs}
+    }
     assert all(value != texts["baseline"] for name, value in texts.items() if name != "baseline")
 
 
@@ -204,7 +211,8 @@ def test_rows_beside_strongly_steered_ones_keep_their_text(engine: Any, rows: li
 
     by = {condition.name: condition for condition in conditions}
     operations = tuple(
-        Operation(o.kind, o.site, 50 * o.vectors, o.tokens) for o in (*by["add early"].operations, *by["mlp_out"].operations)
+        Operation(o.kind, o.site, 50 * o.vectors, o.tokens)
+        for o in (*by["add early"].operations, *by["mlp_out"].operations)
     )
     strong = Condition("strong", "strong", None, None, (), ConditionSpec(), "strong", operations)
     alone = engine.run([Job(row, by["baseline"]) for row in rows])
@@ -256,16 +264,50 @@ def test_a_text_that_is_not_finite_names_its_condition_and_the_engine_goes_on(
     from pipeline.replay import Job
 
     vector = np.full((1, 576), 3e38, np.float32)
-    bad = Condition("bad", "bad", None, None, (), ConditionSpec(), "bad", (Operation("add", Site("resid_post", 3), vector, "all"),))
+    twice = tuple(Operation("add", Site("resid_post", layer), vector, "all") for layer in (3, 4))
+    bad = Condition("bad", "bad", None, None, (), ConditionSpec(), "bad", twice)
     with pytest.raises(NonFiniteError, match=r"1 texts ran into NaN or infinity under bad"):
         engine.run([Job(rows[0], bad), Job(rows[0], conditions[0])])
     assert engine.run([Job(rows[0], conditions[0])])[0].token_ids
+    beyond = (Operation("add", Site("resid_post", 30), vector, "all"),)
+    job = Job(rows[0], Condition("b", "b", None, None, (), ConditionSpec(), "b", beyond))
     with pytest.raises(ModelError, match="layer 30"):
-        site = Operation("add", Site("resid_post", 30), vector, "all")
-        engine.run([Job(rows[0], Condition("b", "b", None, None, (), ConditionSpec(), "b", (site,)))])
+        engine.run([job])
 
 
 def test_the_sites_of_vllms_model_are_tested(engine: Any) -> None:
     assert engine.laws.passed
     assert engine.laws.next_block == 0
     assert engine.stop_ids == frozenset({2})
+
+
+def test_a_worker_generates_with_vllm_and_says_so(
+    smollm2: Any, engine: Any, rows: list[Row], conditions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import vllm_engine
+    from pipeline.workers import ReplayBlock, ReplayItem, ReplayWorker
+    from store.location import Location
+    from store.results import ResultStore
+
+    monkeypatch.setattr(vllm_engine, "_started", lambda *args: engine._llm)
+    worker = ReplayWorker(
+        str(tmp_path),
+        ModelRef(source=SMOLLM2),
+        smollm2.fingerprint,
+        {condition.key: condition for condition in conditions},
+        Decoding(max_new_tokens=6),
+        watched(conditions),
+        8,
+        "study",
+        "how",
+        {"versions": {"resid": "0", "transformers": "0", "torch": "0"}},
+        engine="vllm",
+    )
+    items = tuple(ReplayItem(row, "add late", 0, f"key {i}") for i, row in enumerate(rows[:2]))
+    assert worker.run(ReplayBlock("b", items))["tokens"] == 12
+    results = ResultStore(Location.of(str(tmp_path)))
+    assert results.read("generations").num_rows == 2
+    assert results.read("monitored").num_rows == 2 * 6 * 5 * 2
+    receipt = json.loads((tmp_path / "receipts" / smollm2.fingerprint[:16] / "self_test_vllm.json").read_text())
+    assert receipt["engine"].startswith("vLLM ")
+    assert receipt["sum_of_parts"] < receipt["bound"]
