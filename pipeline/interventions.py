@@ -92,7 +92,8 @@ class Program:
 
     def tokens(self, site: Site) -> Tensor:
         """Indices in the pass of the tokens that change at a site, ascending, each once."""
-        return torch.unique(torch.cat([step.tokens for step in self._steps[site]]))
+        found: Tensor = torch.unique(torch.cat([step.tokens for step in self._steps[site]]))
+        return found
 
     def monitored(self) -> Tensor | None:
         """Projections of each segment's last token in the last forward pass, [segment, site, direction] float32;

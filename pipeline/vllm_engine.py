@@ -114,12 +114,18 @@ class VllmEngine:
         """Generate for every job; results are in the order of the jobs.
 
         Raises:
-            ModelError: if a condition acts at a site that the model has not.
+            ModelError: if a condition acts at a site that the model has not, or a row does not fit into its context.
             NonFiniteError: if a row's logits hold NaN or infinity, naming its condition.
-            ValueError: if a prompt lacks tokens that its condition names, or is too long for the model.
+            ValueError: if a prompt lacks tokens that its condition names.
         """
+        limit = self._engine.vllm_config.model_config.max_model_len
         for job in jobs:
             check_token_ranges(job.condition, job.row)
+            if (needed := len(job.prompt) + self.decoding.max_new_tokens) > limit:
+                raise ModelError(
+                    f"prompt {job.row.prompt_id[:16]} and its text need {needed} tokens; vLLM has room for {limit}\n"
+                    "  remedy: lower replay.decoding.max_new_tokens, free memory, or set `replay.engine: resid`"
+                )
         outputs = [Output() for _ in jobs]
         if not jobs:
             return outputs

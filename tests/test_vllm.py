@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from store.errors import ModelError, NonFiniteError
 from store.model_ref import ModelRef
 from store.prompts import Message, Prompt
 from store.rows import Row
-from store.sites import COMPONENTS, Site
+from store.sites import COMPONENTS, Site, Spans
 from store.study import ConditionSpec, Decoding
 from store.study_interventions import TokenRange
 
@@ -273,6 +274,9 @@ def test_a_text_that_is_not_finite_names_its_condition_and_the_engine_goes_on(
     job = Job(rows[0], Condition("b", "b", None, None, (), ConditionSpec(), "b", beyond))
     with pytest.raises(ModelError, match="layer 30"):
         engine.run([job])
+    long = replace(rows[0], token_ids=(5,) * 120, spans=Spans(120, 120))
+    with pytest.raises(ModelError, match=r"need 144 tokens; vLLM has room for 128\n  remedy"):
+        engine.run([Job(long, conditions[0])])
 
 
 def test_the_sites_of_vllms_model_are_tested(engine: Any) -> None:
