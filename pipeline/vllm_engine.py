@@ -276,6 +276,7 @@ def _started(ref: ModelRef, batch_rows: int, options: dict[str, Any]) -> Any:
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "trust_remote_code": ref.trust_remote_code,
         "worker_extension_cls": EXTENSION,
     }

@@ -118,13 +118,12 @@ class StepHooks:
         self._pass: _Pass | None = None
         self._programs: dict[tuple[int, ...], tuple[Program, dict[Site, Tensor]]] = {}  # of decoding, by conditions
         model = runner.model
+        # First of all: this may raise, and then nothing is left behind.
+        self._handles = hook_sites(find_architecture(model), work.sites, self._current, self._rows)
+        self._handles.append(model.register_forward_pre_hook(lambda module, args: self._begin()))
+        self._handles.append(model.register_forward_hook(lambda module, args, output: self._done()))
         self._compute_logits = model.compute_logits
         model.compute_logits = self._logits
-        self._handles = [
-            model.register_forward_pre_hook(lambda module, args: self._begin()),
-            *hook_sites(find_architecture(model), work.sites, self._current, self._rows),
-            model.register_forward_hook(lambda module, args, output: self._done()),
-        ]
 
     def close(self) -> Record:
         for handle in self._handles:
@@ -226,19 +225,22 @@ def hook_sites(
     """Let what `current` returns act at sites in every pass; `rows` gives the tokens that it changes there.
 
     Raises:
-        ModelError: if the model has no such site, or keeps it in another form.
+        ModelError: if the model has no such site, or keeps it in another form; no hook is left then.
     """
-    handles = []
-    for site in sorted(sites):
-        binding = architecture.binding(site)
+    bindings = {site: architecture.binding(site) for site in sorted(sites)}
+    inputs: dict[Site, tuple[int, int | None]] = {}  # which parameters of a block hold the stream
+    for site, binding in bindings.items():
         if binding.scale != 1:
             raise ModelError(f"site {site}: the vLLM engine does not serve it where a residual multiplier applies")
         if binding.where == "input":
             names = list(inspect.signature(binding.module.forward).parameters)
             if "hidden_states" not in names:
                 raise ModelError(f"site {site}: vLLM's {type(binding.module).__name__} has no input hidden_states")
-            at = (names.index("hidden_states"), names.index("residual") if "residual" in names else None)
-            hook = _on_input(site, at, current, rows)
+            inputs[site] = (names.index("hidden_states"), names.index("residual") if "residual" in names else None)
+    handles: list[Any] = []
+    for site, binding in bindings.items():
+        if site in inputs:
+            hook = _on_input(site, inputs[site], current, rows)
             handles.append(binding.module.register_forward_pre_hook(hook, with_kwargs=True))
         else:
             whole = site.component == "resid_post"  # of the other two, what comes with the tensor is no residual

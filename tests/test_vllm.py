@@ -126,7 +126,7 @@ def engine(conditions: list[Condition]) -> Any:
     from pipeline.vllm_engine import VllmEngine
 
     # Prompts are read in pieces, and memory runs out: rows are dropped and computed again.
-    options = {"max_num_batched_tokens": 64, "kv_cache_memory_bytes": 3 << 25, "block_size": 32, "max_model_len": 128}
+    options = {"max_num_batched_tokens": 64, "kv_cache_memory_bytes": 3 << 24, "block_size": 32, "max_model_len": 128}
     return VllmEngine(ModelRef(source=SMOLLM2), Decoding(max_new_tokens=N_TOKENS), None, 48, **options)
 
 
@@ -272,8 +272,9 @@ def test_a_text_that_is_not_finite_names_its_condition_and_the_engine_goes_on(
     assert engine.run([Job(rows[0], conditions[0])])[0].token_ids
     beyond = (Operation("add", Site("resid_post", 30), vector, "all"),)
     job = Job(rows[0], Condition("b", "b", None, None, (), ConditionSpec(), "b", beyond))
-    with pytest.raises(ModelError, match="layer 30"):
+    with pytest.raises(ModelError, match=r"there is no site resid_post.30"):
         engine.run([job])
+    assert engine.run([Job(rows[0], conditions[0])])[0].token_ids  # no hook was left
     long = replace(rows[0], token_ids=(5,) * 120, spans=Spans(120, 120))
     with pytest.raises(ModelError, match=r"need 144 tokens; vLLM has room for 128\n  remedy"):
         engine.run([Job(long, conditions[0])])
