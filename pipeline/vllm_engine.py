@@ -3,7 +3,7 @@
 An optional extra (docs/vllm.md). vLLM schedules, batches and decodes; `pipeline.vllm_hooks` intervenes in its own model
 for each request. It runs eagerly, since hooks do not run inside CUDA graphs or compiled models; without a prefix cache,
 since what a prompt's tokens hold depends on the condition; and in this process. Not covered: several GPUs for one
-model, adapters, and sites behind a residual multiplier.
+model, adapters, and models with a residual multiplier.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def check_model(ref: ModelRef) -> None:
         raise ModelError(
             f"model.attn_implementation: {ref.attn_implementation} is one of transformers', and vLLM brings its own\n"
             f"  remedy: delete the key, {remedy}"
+        )
+    if getattr(load_config(ref).get_text_config(), "residual_multiplier", 1.0) != 1.0:
+        raise ModelError(
+            f"{ref.source}: the vLLM engine does not serve models with a residual multiplier\n  remedy: {remedy[3:]}"
         )
 
 

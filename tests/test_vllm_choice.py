@@ -48,6 +48,15 @@ def test_what_vllm_would_run_in_another_way_is_refused_before_anything_is_loaded
         worker(tmp_path, **model)
 
 
+def test_a_residual_multiplier_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "vllm_version", lambda: "0")
+    monkeypatch.setattr(vllm_engine, "load_config", lambda ref: tiny("granite").model.config)
+    with pytest.raises(ModelError, match=r"residual multiplier\n  remedy: set `replay.engine: resid`"):
+        worker(tmp_path)
+
+
 class Block(nn.Module):
     """A block as vLLM writes them: two parts whose sum is the stream, here off by a factor where it is to be wrong."""
 
