@@ -162,6 +162,30 @@ def flat(counts: list[int]) -> None:
     print(f"CPU time a row, {counts[-1]} rows against {counts[0]}: {rates[counts[-1]] / rates[counts[0]]:.2f} x")
 
 
+def flat_replay(counts: list[int]) -> None:
+    """Generate ever more texts of a tiny model in one run of the engine, and print the cost of each."""
+    from slow_reference import Step, condition, random_rows, tiny
+    from torch import ones
+
+    from pipeline.replay import Job, ReplayEngine
+    from store.sites import Site
+    from store.study import Decoding
+
+    model = tiny("llama")
+    conditions = [condition("baseline", []), condition("add", [Step("add", Site("resid_post", 1), ones(1, 48))])]
+    engine = ReplayEngine(model, Decoding(max_new_tokens=4), batch_rows=64)
+    engine.stop_ids = frozenset()
+    rates = {}
+    for count in counts:
+        rows = random_rows([(20 + 7 * n % 41, 0) for n in range(count // 2)], seed=count, model=model.fingerprint)
+        jobs = [Job(row, condition) for row in rows for condition in conditions]
+        cpu = time.process_time()
+        engine.run(jobs)
+        rates[count] = (time.process_time() - cpu) / count
+        print(f"{count} texts of 4 tokens: {1e6 * rates[count]:.0f} us CPU each, peak memory {high_water():.0f} MB")
+    print(f"CPU time a text, {counts[-1]} texts against {counts[0]}: {rates[counts[-1]] / rates[counts[0]]:.2f} x")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("what", choices=("memory", "rows", "workers", "one"))
@@ -175,6 +199,7 @@ def main() -> None:
         workers(args.prompts or 416, args.repeats)
     elif args.what == "rows":
         flat([1000, 5000, 20000])
+        flat_replay([1000, 5000, 20000])
     else:
         for path in ("load", "modules", "packed", "replay"):
             command = [sys.executable, __file__, "one", "--path", path, "--prompts", str(args.prompts or 64)]
