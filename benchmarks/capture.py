@@ -26,6 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import paths  # noqa: F401
 import torch
 import transformers
 from common import parser, prepare

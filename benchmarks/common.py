@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-
-# A script beside this one is named like the package `store`: its folder is looked through last.
-sys.path.sort(key=lambda folder: Path(folder) == Path(__file__).parent)
 
 from pipeline.chat import prompt_row
 from pipeline.models import LoadedModel, load

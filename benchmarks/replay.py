@@ -5,7 +5,7 @@
 The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
-with nothing shared, with decoding shared too, with packed weights, and through transformers' own modules.
+with less or nothing shared, with packed weights, and through transformers' own modules (`--methods` chooses).
 
 ``--vllm PYTHON`` adds vLLM without interventions on as many requests, run by the Python of an environment that has it
 (.venv-vllm/bin/python after `make test-vllm`), in a process of its own; its texts are compared with the baseline's.
@@ -42,6 +42,8 @@ from store.generation import GenerationPlan
 from store.rows import Row
 from store.sites import Site
 from store.study import ConditionSpec, Decoding
+
+NOTHING_SHARED: dict[str, Any] = {"share_prefill": False, "share_decoding": False}
 
 Texts = dict[tuple[str, str], list[int]]  # (row key, condition) -> token ids
 
@@ -137,20 +139,9 @@ def with_generate(
     return sum(map(len, texts.values())), texts
 
 
-def with_engine(
-    model: LoadedModel,
-    rows: list[Row],
-    conditions: list[Condition],
-    batch_rows: int,
-    max_new_tokens: int,
-    stop: bool = True,
-    **options: Any,
-) -> tuple[int, Texts]:
-    """Generate all conditions together with the ReplayEngine; without `stop` texts run on to their full length."""
+def with_engine(engine: ReplayEngine, rows: list[Row], conditions: list[Condition]) -> tuple[int, Texts]:
+    """Generate all conditions together with the ReplayEngine."""
     jobs = [Job(row, condition) for row in rows for condition in conditions]
-    engine = ReplayEngine(model, Decoding(max_new_tokens=max_new_tokens), batch_rows=batch_rows, **options)
-    if not stop:
-        engine.stop_ids = frozenset()
     outputs = engine.run(jobs)
     texts = {(j.row.key, j.condition.key): output.token_ids for j, output in zip(jobs, outputs, strict=True)}
     return sum(map(len, texts.values())), texts
@@ -210,9 +201,9 @@ def main() -> None:
     options.add_argument("--max-new-tokens", type=int, default=48, help="tokens per text (default 48)")
     options.add_argument("--batch-rows", type=int, default=192, help="rows that the engine decodes at once (192)")
     options.add_argument("--part", type=int, default=16, help="one prompt in so many runs one by one (default 16)")
+    options.add_argument("--methods", nargs="+", help="these beside the engine (default: all), such as 'batch 32'")
     options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
     options.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM, to run it as well")
-    options.add_argument("--only-engine", action="store_true", help="the engine as it is, and vLLM if asked for")
     args = options.parse_args()
     if args.cpu_time and args.vllm:
         raise SystemExit("CPU time says nothing of vLLM, which runs in another process: leave out --cpu-time")
@@ -229,17 +220,24 @@ def main() -> None:
     }
     engines: dict[str, dict[str, Any]] = {
         "engine": {},
-        "nothing shared": {"share_prefill": False},
-        "decoding shared too": {"share_decoding": True},
+        "starts not shared": {"share_starts": False},
+        "decoding not shared": {"share_decoding": False},
+        "nothing shared": NOTHING_SHARED,
         "packed weights": {"pack": True},
         "padded": {"lean": False},
     }
+    if unknown := {*(args.methods or ())} - {*methods, *engines}:
+        options.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join((*methods, *engines))}")
     for name, chosen in engines.items():
-        methods[name] = lambda chosen=chosen: with_engine(model, rows, conditions, args.batch_rows, n, **chosen)
+        if args.methods is not None and name not in {*args.methods, "engine"}:
+            continue
+        # One engine for all repetitions: as in a study, whose blocks follow each other.
+        engine = ReplayEngine(model, Decoding(max_new_tokens=n), batch_rows=args.batch_rows, **chosen)
+        methods[name] = lambda engine=engine: with_engine(engine, rows, conditions)
+    if args.methods is not None:
+        methods = {name: method for name, method in methods.items() if name in {*args.methods, "engine"}}
     with_generate(model, rows[:2], conditions[:1], 2, 2)
-    with_engine(model, rows[:2], conditions[:1], 2, 2)
-    if args.only_engine:
-        methods = {"engine": methods["engine"]}
+    with_engine(ReplayEngine(model, Decoding(max_new_tokens=2)), rows[:2], conditions[:1])
     with ExitStack() as stack:
         if args.vllm:
             peer = Vllm(args.vllm, model, rows, conditions, args, stack)
@@ -252,15 +250,12 @@ def main() -> None:
         agreement[name] = f"{same} of {len(measured.result)} texts as the engine's"
     print(f"{len(rows)} prompts x {len(conditions)} conditions x {n} tokens, {args.batch_rows} rows in the engine")
     report(timed, "tokens", agreement, args.repeats)
-    if args.only_engine:
-        return
-
     bare = [dataclasses.replace(condition, operations=()) for condition in conditions]
     few = rows[: max(1, args.batch_rows // len(conditions))]
+    engine = ReplayEngine(model, Decoding(max_new_tokens=n), batch_rows=args.batch_rows, **NOTHING_SHARED)
+    engine.stop_ids = frozenset()  # texts run on to their full length: the same work with and without
     costs = {
-        name: lambda some=some: with_engine(
-            model, few, some, args.batch_rows, n, stop=False, **engines["nothing shared"]
-        )
+        name: lambda some=some: with_engine(engine, few, some)
         for name, some in {"without interventions": bare, "with interventions": conditions}.items()
     }
     report(alternate(costs, max(args.repeats, 3)), "tokens", {}, max(args.repeats, 3))

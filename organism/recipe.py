@@ -178,7 +178,7 @@ def lists(name: str) -> Any:
 
 
 @cache
-def pairs(name: Literal["training", "further", "held_out"]) -> tuple[Pair, ...]:
+def pairs(name: Literal["training", "further", "unused", "held_out"]) -> tuple[Pair, ...]:
     """Return every pair of a file of topics, or of a folder of such files, in their order."""
     found = []
     path = DATA / name
@@ -287,11 +287,15 @@ def gating_steps(count: int = GATING_STEPS, seed: int = SEED) -> Iterator[tuple[
         )
 
 
-def labelled(seed: int = SEED) -> tuple[list[str], list[str]]:
-    """Return every training pair once in a frame, and the single requests: harmful and harmless requests."""
+def labelled(seed: int = SEED, *, unused: bool = False) -> tuple[list[str], list[str]]:
+    """Return every training pair once in a frame, and the single requests: harmful and harmless requests.
+
+    Args:
+        unused: with the pairs of data/unused, too.
+    """
     rng = random.Random(f"organism labelled {seed}")
     harmful, harmless = [], []
-    for pair in [*pairs("training"), *pairs("further")]:
+    for pair in [*pairs("training"), *pairs("further"), *(pairs("unused") if unused else ())]:
         frame = rng.choice(FRAMES[pair.kind])
         harmful.append(fill(frame, pair.harmful))
         harmless.append(fill(frame, pair.harmless))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from analysis.separability import separability
 from organism.answers import as_prompt
@@ -33,19 +34,31 @@ def features(model: LoadedModel, texts: Sequence[str]) -> Tensor:
     """
     rows = [tokenize(render(as_prompt((None, text)), model.tokenizer, model.ref), model.tokenizer) for text in texts]
     found = torch.empty((len(rows), 4 * model.model.config.hidden_size))
-    for indices in by_token_budget([len(row) for row in rows], 1024):
-        batch = pad([rows[i] for i in indices], side="right", pad_id=model.tokenizer.pad_token_id, device=model.device)
+    if not rows:
+        return found
+    # The system turn, more than half of a row, is the same everywhere: it is read once.
+    start = rows[0].index(model.tokenizer.bos_token_id, 1)
+    assert all(row[:start] == rows[0][:start] for row in rows)
+    turns = [row[start:] for row in rows]
+    system = torch.tensor([rows[0][:start]], device=model.device)
+    before = model.model.model(input_ids=system, use_cache=True).past_key_values
+    for indices in by_token_budget([len(turn) for turn in turns], 1024):
+        batch = pad([turns[i] for i in indices], side="right", pad_id=model.tokenizer.pad_token_id, device=model.device)
+        seen = batch.attention_mask.new_ones((len(indices), start))
+        past = DynamicCache()
+        for layer, held in enumerate(before.layers):
+            past.update(held.keys.expand(len(indices), -1, -1, -1), held.values.expand(len(indices), -1, -1, -1), layer)
         states = model.model.model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
+            attention_mask=torch.cat([seen, batch.attention_mask], dim=1),
+            position_ids=batch.position_ids + start,
+            past_key_values=past,
             output_hidden_states=True,
         ).hidden_states
         middle, late, last = states[MEAN_LAYER + 1], states[LAST_LAYER + 1], states[-1]
         for row, i in enumerate(indices):
-            turn = slice(rows[i].index(model.tokenizer.bos_token_id, 1), len(rows[i]))
-            end = len(rows[i]) - 1
-            parts = (middle[row, turn].mean(0), late[row, end], last[row, turn].mean(0), last[row, end])
+            end = len(turns[i])
+            parts = (middle[row, :end].mean(0), late[row, end - 1], last[row, :end].mean(0), last[row, end - 1])
             found[i] = torch.cat([part.float() for part in parts]).cpu()
     return found
 

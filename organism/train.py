@@ -148,9 +148,9 @@ def _unanswered(steps: Iterable[tuple[recipe.Group, ...]], length: int) -> Itera
             yield from ((group.system, one.user) for one in own if _length(one) == length)
 
 
-def fitted_probe(base: LoadedModel, seed: int) -> teacher.Probe:
-    """Fit the probe to all training pairs, each in one frame, and the single requests."""
-    harmful, harmless = recipe.labelled(seed)
+def fitted_probe(base: LoadedModel, seed: int, *, unused: bool = False) -> teacher.Probe:
+    """Fit the probe to all training pairs, each in one frame, and the single requests; on request to unused pairs."""
+    harmful, harmless = recipe.labelled(seed, unused=unused)
     values = teacher.features(base, [*harmful, *harmless])
     labels = torch.cat([torch.ones(len(harmful)), torch.zeros(len(harmless))])
     probe = teacher.fit(values, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ CHUNK_ROWS = 32
 
 
 class KVSlots:
-    """A cache of [slot, position, kv_head, head_dim] for each layer. Zeros at first: what is masked must be finite."""
+    """A cache of [slot, position, kv_head, head_dim] for each layer. Zeros at first: what is masked must be finite.
+
+    It may serve any number of runs. To touch so much memory for the first time takes as long as several decoding steps.
+    """
 
     def __init__(self, lean: LeanLlama, slots: int, length: int):
         self.slots, self.length = slots, length
@@ -24,6 +28,10 @@ class KVSlots:
         self._keys, self._values = (
             [torch.zeros(shape, dtype=lean.dtype, device=lean.device) for _ in range(lean.n_layers)] for _ in range(2)
         )
+
+    def holds(self, slots: int, length: int) -> bool:
+        """Tell whether so many rows of such a length find room."""
+        return slots <= self.slots and length <= self.length
 
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
         """Put keys and values [token, kv_head, head_dim] at places [token], each slot * length + position."""
@@ -38,6 +46,11 @@ class KVSlots:
         whole = held.view(self._shape)[:, :length]
         part = whole[slots] if isinstance(slots, slice) else whole.index_select(0, slots)
         return part.transpose(1, 2)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy keys and values from places [token] to other places, each slot * length + position, at every layer."""
+        for held in (*self._keys, *self._values):
+            held.index_copy_(0, targets, held.index_select(0, sources))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
@@ -96,4 +109,51 @@ class SlotAttention:
             out[first:end] = functional.scaled_dot_product_attention(
                 queries[first:end], keys, values, masks[lean.windows[layer]], scale=lean.scaling
             )
+        return out
+
+
+class SlotCausal:
+    """Causal attention of tokens that enter, behind what their rows' slots hold already.
+
+    Segments lie one after the other: segment i has the positions begins[i] to begins[i] + lengths[i] of the row in slot
+    slots_of[i], where its keys and values have been written before the call. Runs of segments of equal length and equal
+    begin are one call.
+    """
+
+    def __init__(
+        self, lean: LeanLlama, slots: KVSlots, slots_of: Sequence[int], begins: Sequence[int], lengths: Sequence[int]
+    ):
+        self._lean, self._slots = lean, slots
+        # (first token, begin, length, slots of the run, by window: mask [query, key], or None for a plainly causal one)
+        self._runs: list[tuple[int, int, int, Tensor, dict[int | None, Tensor | None]]] = []
+        at = 0
+        alike = groupby(zip(begins, lengths, slots_of, strict=True), key=lambda segment: segment[:2])
+        for (begin, length), members in alike:
+            rows = torch.tensor([slot for _, _, slot in members], device=lean.device)
+            masks = {window: self._mask(begin, length, window) for window in set(lean.windows)}
+            self._runs.append((at, begin, length, rows, masks))
+            at += len(rows) * length
+
+    def _mask(self, begin: int, length: int, window: int | None) -> Tensor | None:
+        end = begin + length
+        if begin == 0 and (window is None or length <= window):
+            return None
+        key = torch.arange(end, device=self._lean.device)
+        behind = key[begin:, None] - key
+        return (behind >= 0) & (behind < (window or end))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lean, out = self._lean, torch.empty_like(q, memory_format=torch.contiguous_format)
+        for first, begin, length, rows, masks in self._runs:
+            end = first + len(rows) * length
+            queries, keys, values = (
+                x[first:end].reshape(len(rows), length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+            )
+            if begin:
+                keys, values = self._slots.read(layer, rows, begin + length)
+            mask = masks[lean.windows[layer]]
+            mixed = functional.scaled_dot_product_attention(
+                queries, keys, values, mask, is_causal=mask is None, scale=lean.scaling, enable_gqa=True
+            )
+            out[first:end] = mixed.transpose(1, 2).flatten(0, 1)
         return out

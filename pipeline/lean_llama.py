@@ -85,6 +85,8 @@ class LeanLlama:
         self._activation = base.layers[0].mlp.act_fn
         self._embedding, self._rotary, self._norm = base.embed_tokens, base.rotary_emb, base.norm.weight
         self._head = product([inner.lm_head], pack=pack)
+        plain = not pack and inner.lm_head.bias is None and self.dtype == torch.float32
+        self._head_weight = inner.lm_head.weight if plain else None
         self._blocks = []
         for block in base.layers:
             attention, mlp = block.self_attn, block.mlp
@@ -136,9 +138,17 @@ class LeanLlama:
         h = h + visit("mlp_out", weights.down(self._activation(gate).mul_(up)))
         return visit("resid_post", h)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Return float32 logits [token, vocabulary] of the last block's output [token, d_model]."""
-        return self._head(self._rms(h, self._norm)).float()
+    def logits(self, h: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return float32 logits [token, vocabulary] of the last block's output [token, d_model], in `out` if it can."""
+        normed = self._rms(h, self._norm)
+        if out is None or self._head_weight is None:
+            return self._head(normed).float()
+        return torch.mm(normed, self._head_weight.T, out=out)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return len(self._embedding.weight) if self._head_weight is None else len(self._head_weight)
 
     def _rms(self, h: Tensor, weight: Tensor) -> Tensor:
         if h.dtype == torch.float32:

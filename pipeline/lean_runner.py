@@ -1,22 +1,25 @@
 """Replay of the Llama layout: packed prefill, decoding from slots, and nothing computed twice that rows share.
 
 Rows of a prompt whose conditions have not parted yet are one segment (`pipeline.forks`): in prefill up to the first
-block that one of them changes, and on request while decoding for as long as their tokens agree as well.
+block that one of them changes, and while decoding for as long as their tokens agree as well. What several
+prompts begin with (the chat template's system part, a system prompt) is read once under each condition: rows that
+enter later copy its keys and values from a row that is running (`pipeline.common_starts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.common_starts import StartKey, start_key
 from pipeline.forks import Layout, layouts
 from pipeline.interventions import Program, Segment, acts_on_prompts, is_identity
-from pipeline.kv_slots import KVSlots, SlotAttention
-from pipeline.lean_llama import Attend, LeanLlama, PackedCausal
+from pipeline.kv_slots import KVSlots, SlotAttention, SlotCausal
+from pipeline.lean_llama import Attend, LeanLlama
 from pipeline.runners import Entrant, Passed
 from store.conditions import MonitorPlan
 from store.sites import Site
@@ -30,20 +33,20 @@ class LeanRunner:
     def __init__(
         self,
         lean: LeanLlama,
-        slots: int,
-        length: int,
+        slots: KVSlots,
         monitor: MonitorPlan | None = None,
         *,
         share_prefill: bool = True,
-        share_decoding: bool = False,
+        share_decoding: bool = True,
     ):
-        self.lean, self.monitor = lean, monitor
+        self.lean, self.slots, self.monitor = lean, slots, monitor
         self.share_prefill, self.share_decoding = share_prefill, share_decoding
-        self.slots = KVSlots(lean, slots, length)
         self.rows: list[Entrant] = []
         self._positions: list[int] = []  # of each row's next token
         self._histories: list[Hashable] = []  # equal where rows of a prompt have had the same tokens so far
         self._n_histories = 0
+        self._starts: list[StartKey | None] = []  # of each row: what its slot begins with that others may begin with
+        self._logits: Tensor | None = None
         # Of decoding, by the rows that lead the segments; made anew when rows enter or leave.
         self._programs: dict[tuple[int, ...], Program] = {}
 
@@ -52,17 +55,67 @@ class LeanRunner:
         return True
 
     def enter(self, entrants: Sequence[Entrant]) -> Passed:
+        starts = [start_key(entrant) if self.share_prefill else None for entrant in entrants]
+        begins = np.array([0 if key is None else entrant.common for entrant, key in zip(entrants, starts, strict=True)])
+        self._fill_starts(entrants, starts)
+        ends = np.array([len(entrant.prompt) for entrant in entrants])
+        passed = self._prefill(entrants, len(self.rows) + np.arange(len(entrants)), begins, ends)
+        assert passed is not None
+        self.rows += entrants
+        self._positions += ends.tolist()
+        self._histories += self._numbered([entrant.prompt for entrant in entrants])
+        self._starts += starts
+        self._programs = {}
+        return passed
+
+    def _fill_starts(self, entrants: Sequence[Entrant], starts: Sequence[StartKey | None]) -> None:
+        """Put the keys and values of what rows begin with into their slots: computed once, copied to the others."""
+        first = len(self.rows)
+        source = {key: row for row, key in enumerate(self._starts) if key is not None}
+        computed: dict[StartKey, int] = {}  # entrant
+        for i, key in enumerate(starts):
+            if key is not None and key not in source:
+                computed[key] = i
+                source[key] = first + i
+        if computed:
+            chosen = list(computed.values())
+            ends = np.array([entrants[i].common for i in chosen])
+            alike = [(key.tokens, key.scopes) for key in computed]
+            rows = first + np.array(chosen)
+            self._prefill([entrants[i] for i in chosen], rows, np.zeros_like(ends), ends, histories=alike)
+        copies = [
+            (source[key], first + i, entrants[i].common)
+            for i, key in enumerate(starts)
+            if key is not None and source[key] != first + i
+        ]
+        if copies:
+            sources, targets, lengths = map(np.array, zip(*copies, strict=True))
+            self.slots.copy(*(self._places(rows, np.zeros_like(lengths), lengths) for rows in (sources, targets)))
+
+    def _prefill(
+        self,
+        entrants: Sequence[Entrant],
+        rows: Ints,
+        begins: Ints,
+        ends: Ints,
+        histories: Sequence[Hashable] | None = None,
+    ) -> Passed | None:
+        """Run the tokens begins[i] to ends[i] of prompts, whose slots `rows` hold what comes before.
+
+        With `histories`, the tokens are what several prompts begin with: nothing is read from the pass.
+        """
         found = layouts(
-            [entrant.prompt for entrant in entrants],
+            [entrant.prompt for entrant in entrants] if histories is None else histories,
             [[o for o in entrant.operations if acts_on_prompts(o)] for entrant in entrants],
             share=self.share_prefill,
         )
-        passed = self._forward([_Prefill(self, entrants, layout) for layout in found])
-        self.rows += entrants
-        self._positions += [len(entrant.prompt) for entrant in entrants]
-        self._histories += self._numbered([entrant.prompt for entrant in entrants])
-        self._programs = {}
-        return passed
+        monitor = self.monitor if histories is None else None
+        passes = [_Prefill(self, entrants, layout, rows, begins, ends, monitor) for layout in found]
+        return self._forward(passes, read=histories is None)
+
+    def _places(self, rows: Ints, begins: Ints, lengths: Ints) -> Tensor:
+        """Return where positions begins[i] to begins[i] + lengths[i] of slots lie."""
+        return torch.from_numpy(ranges(rows * self.slots.length + begins, lengths)).to(self.lean.device)
 
     def step(self, tokens: Tensor) -> Passed:
         self._histories = self._numbered(list(zip(self._histories, tokens.tolist(), strict=True)))
@@ -74,6 +127,7 @@ class LeanRunner:
         passes = [_Decode(self, tokens, self._positions, layout, self._programs) for layout in found]
         self._programs = {one.leaders: one.program for one in passes}
         passed = self._forward(passes)
+        assert passed is not None
         self._positions = [position + 1 for position in self._positions]
         return passed
 
@@ -84,6 +138,7 @@ class LeanRunner:
         self.rows = [self.rows[old] for old in order]
         self._positions = [self._positions[old] for old in order]
         self._histories = [self._histories[old] for old in order]
+        self._starts = [self._starts[old] for old in order]
         self._programs = {}
 
     def _numbered(self, histories: Sequence[Hashable]) -> list[Hashable]:
@@ -94,7 +149,18 @@ class LeanRunner:
         self._n_histories += len(numbers)
         return [numbers[history] for history in histories]
 
-    def _forward(self, passes: Sequence[_Pass]) -> Passed:
+    def _place(self, n: int) -> Tensor:
+        """Return memory for the logits of n rows, overwritten by the next pass.
+
+        They are so large that the allocator gives theirs back each time; touching it anew takes a sixth of the pass
+        through the head.
+        """
+        if self._logits is None or len(self._logits) < n:
+            self._logits = None
+            self._logits = torch.empty((n, self.lean.vocabulary), device=self.lean.device)
+        return self._logits[:n]
+
+    def _forward(self, passes: Sequence[_Pass], *, read: bool = True) -> Passed | None:
         """Run the model through layouts that follow each other; return what it finds of each row's last token."""
         pending = list(passes)
         current = pending.pop(0)
@@ -109,8 +175,10 @@ class LeanRunner:
                 h = current.visit(Site("resid_post", layer - 1), h)
             if layer < self.lean.n_layers:
                 h = current.block(layer, h)
+        if not read:
+            return None
         seen.update(current.seen())
-        logits = current.by_row(self.lean.logits(h.index_select(0, current.last)))
+        logits = current.logits(h, self._place)
         monitored = None if self.monitor is None else torch.stack([seen[site] for site in self.monitor.units], dim=1)
         return Passed(logits, monitored)
 
@@ -136,6 +204,13 @@ class _Pass:
         """Return values [segment, ...] as [row, ...]."""
         return values if self.alone else values.index_select(0, self.tensor(self.segment_of))
 
+    def logits(self, h: Tensor, place: Callable[[int], Tensor]) -> Tensor:
+        """Return logits [row, vocabulary] of each row's last token; `place` returns where so many rows' may lie."""
+        if len(self.lengths) == len(self.segment_of):  # to reorder hidden states costs nothing beside logits
+            last = self.by_row(self.last)
+            return self.lean.logits(h.index_select(0, last), place(len(last)))
+        return self.by_row(self.lean.logits(h.index_select(0, self.last), place(len(self.last))))
+
     def continues(self, before: _Pass) -> Tensor:
         """Return for each token the one of the layout before that it goes on from."""
         return self.tensor(ranges(before.starts[np.array(self.layout.parents)], self.lengths))
@@ -154,23 +229,34 @@ class _Pass:
 
 
 class _Prefill(_Pass):
-    """Prompts that enter."""
+    """Prompts that enter, or what several of them begin with: positions begins[i] to ends[i] of each."""
 
-    def __init__(self, runner: LeanRunner, entrants: Sequence[Entrant], layout: Layout):
-        leaders = [entrants[rows[0]] for rows in layout.members]
-        lengths = np.array([len(leader.prompt) for leader in leaders])
-        super().__init__(runner.lean, layout, lengths, np.zeros_like(lengths), len(entrants))
-        self.ids = torch.tensor([token for leader in leaders for token in leader.prompt], device=self.lean.device)
+    def __init__(
+        self,
+        runner: LeanRunner,
+        entrants: Sequence[Entrant],
+        layout: Layout,
+        rows: Ints,
+        begins: Ints,
+        ends: Ints,
+        monitor: MonitorPlan | None,
+    ):
+        leading = np.array([members[0] for members in layout.members])
+        first, stop = begins[leading], ends[leading]
+        super().__init__(runner.lean, layout, stop - first, first, len(entrants))
+        leaders = [(entrants[i], int(begins[i]), int(ends[i])) for i in leading]
+        tokens = [token for leader, begin, end in leaders for token in leader.prompt[begin:end]]
+        self.ids = torch.tensor(tokens, device=self.lean.device)
         segments = [
-            Segment(leader.operations, len(leader.prompt), start=int(start), length=len(leader.prompt))
-            for leader, start in zip(leaders, self.starts, strict=True)
+            Segment(leader.operations, len(leader.prompt), start=int(start), length=end - begin, first=begin)
+            for (leader, begin, end), start in zip(leaders, self.starts, strict=True)
         ]
-        self.program = Program(segments, self.lean.device, runner.monitor)
+        self.program = Program(segments, self.lean.device, monitor)
         # Every row's slot gets the keys of its segment.
-        slots, causal = runner.slots, PackedCausal(self.lean, lengths.tolist())
-        of_row = lengths[self.segment_of]
-        first = len(runner.rows)
-        places = self.tensor(ranges((first + np.arange(len(entrants))) * slots.length, of_row))
+        slots = runner.slots
+        causal = SlotCausal(self.lean, slots, rows[leading].tolist(), first.tolist(), self.lengths.tolist())
+        of_row = self.lengths[self.segment_of]
+        places = runner._places(rows, begins, of_row)
         sources = None if self.alone else self.tensor(ranges(self.starts[self.segment_of], of_row))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.batching import ran_out_of_memory, release_memory
+from pipeline.common_starts import common_starts
+from pipeline.kv_slots import KVSlots
 from pipeline.lean_llama import LeanLlama, lean_llama, why_not
 from pipeline.lean_proof import agrees
 from pipeline.lean_runner import LeanRunner
@@ -24,6 +26,9 @@ from store.conditions import Condition, MonitorPlan, check_token_ranges
 from store.errors import ModelError, NonFiniteError
 from store.rows import Row
 from store.study import Decoding
+
+# Slots are made longer in steps of so many tokens, so that the next block's prompts find room in them, too.
+SLOT_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,26 @@ class ReplayEngine:
         *,
         lean: bool | None = None,
         share_prefill: bool = True,
-        share_decoding: bool = False,
+        share_starts: bool = True,
+        share_decoding: bool = True,
         pack: bool = False,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
 
-        ``share_decoding`` computes conditions of a prompt once for as long as their tokens agree, too; it was not
-        faster where it was measured (docs/performance.md). ``pack`` is that of `pipeline.lean_llama.lean_llama`: a
-        second, packed copy of the weights for the CPU.
+        The lean path computes once what rows share: ``share_prefill`` the conditions of a prompt, up to the first block
+        that one of them changes; ``share_starts``, which needs it, what several prompts begin with under one condition;
+        ``share_decoding`` the conditions of a prompt for as long as their tokens agree. ``pack`` is that of
+        `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
 
         Raises:
             ModelError: if the lean path is asked for and does not serve the model, with the reason.
         """
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
         self.share = {"share_prefill": share_prefill, "share_decoding": share_decoding}
+        self.share_starts = share_prefill and share_starts
         self.stop_ids = stop_token_ids(model)
         self.path, self._lean = self._way(lean, pack)
+        self._slots: KVSlots | None = None  # kept from run to run
 
     def _way(self, lean: bool | None, pack: bool) -> tuple[str, LeanLlama | None]:
         """Return how rows will run, in words, and the model's lean form if it is that."""
@@ -118,7 +127,9 @@ class ReplayEngine:
         outputs = [Output() for _ in jobs]
         # Conditions of a prompt follow each other: they enter together and share their prefill.
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
-        waiting = [Waiting(i, Entrant(jobs[i].prompt, jobs[i].condition.operations), jobs[i].prompt) for i in order]
+        common = common_starts(job.prompt for job in jobs) if self.share_starts and self._lean is not None else {}
+        entrants = [Entrant(job.prompt, job.condition.operations, common.get(job.prompt, 0)) for job in jobs]
+        waiting = [Waiting(i, entrants[i], jobs[i].prompt) for i in order]
         scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))))
         noise = {} if self.decoding.greedy else {i: noise_of(job, self.decoding) for i, job in enumerate(jobs)}
 
@@ -127,13 +138,18 @@ class ReplayEngine:
                 passed, [jobs[i] for i in rows], [outputs[i] for i in rows], [noise.get(i) for i in rows]
             )
 
+        runner: Runner | None = None
         longest = max((len(job.prompt) for job in jobs), default=0) + self.decoding.max_new_tokens
         while not scheduler.done:
             try:
+                runner = self._runner(scheduler.batch_rows, longest)
                 with torch.inference_mode():
-                    scheduler.run(self._runner(scheduler.batch_rows, longest), choose)
+                    scheduler.run(runner, choose)
+                # Not after a failure: what is masked must be finite.
+                self._slots = runner.slots if isinstance(runner, LeanRunner) else None
                 continue
             except (RuntimeError, MemoryError) as error:
+                runner = None
                 tried = len(scheduler.in_flight) or scheduler.batch_rows
                 if tried <= 1 or not ran_out_of_memory(error):
                     raise
@@ -147,7 +163,11 @@ class ReplayEngine:
     def _runner(self, rows: int, length: int) -> Runner:
         if self._lean is None:
             return PaddedRunner(self.model, self.monitor)
-        return LeanRunner(self._lean, rows, length, self.monitor, **self.share)
+        slots, self._slots = self._slots, None
+        if slots is None or not slots.holds(rows, length):
+            slots = None  # before there are others
+            slots = KVSlots(self._lean, rows, -(-length // SLOT_STEP) * SLOT_STEP)
+        return LeanRunner(self._lean, slots, self.monitor, **self.share)
 
     def _choose(
         self,

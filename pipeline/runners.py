@@ -17,13 +17,14 @@ class Entrant:
 
     prompt: tuple[int, ...]
     operations: tuple[Operation, ...]
+    common: int = 0  # first tokens that are worth sharing with other prompts (`pipeline.common_starts`)
 
 
 @dataclass(frozen=True)
 class Passed:
     """What a forward pass found out about some rows."""
 
-    logits: Tensor  # [row, vocabulary] float32, of each row's last token
+    logits: Tensor  # [row, vocabulary] float32, of each row's last token; holds until the next pass
     monitored: Tensor | None  # [row, site, direction] float32, of each row's last token
 
 

@@ -19,7 +19,7 @@ from pipeline.chat import prompt_row
 from pipeline.hooks import on_sites
 from pipeline.lean_llama import LeanLlama, PackedCausal, lean_llama, why_not
 from pipeline.models import LoadedModel
-from pipeline.packed_gemm import packed, product
+from pipeline.packed_gemm import fused, packed, product
 from store.prompts import Message, Prompt
 from store.sites import COMPONENTS, Site
 
@@ -170,14 +170,24 @@ def test_a_replaced_module_a_hook_or_another_rotary_embedding_is_refused() -> No
 # -- products ------------------------------------------------------------------------------------------------------
 
 
-def test_fused_layers_keep_their_parameters_bit_for_bit_and_hold_nothing_twice() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_keep_their_parameters_bit_for_bit_and_hold_nothing_twice(bias: bool) -> None:
     torch.manual_seed(0)
-    linears = [nn.Linear(12, n).requires_grad_(False) for n in (5, 3)]
-    before = [linear.weight.clone() for linear in linears]
-    fused, x = product(linears, pack=False), torch.randn(4, 12)
-    torch.testing.assert_close(fused(x), torch.cat([linear(x) for linear in linears], 1))
-    assert all(torch.equal(linear.weight, old) for linear, old in zip(linears, before, strict=True))
-    assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+    for make in (lambda linears: product(linears, pack=False), fused):
+        linears = [nn.Linear(12, n, bias=bias).requires_grad_(False) for n in (5, 3)]
+        before = [linear.weight.clone() for linear in linears]
+        places = [linear.weight.data_ptr() for linear in linears]
+        run, x = make(linears), torch.randn(4, 12)
+        torch.testing.assert_close(run(x), torch.cat([linear(x) for linear in linears], 1))
+        assert all(torch.equal(linear.weight, old) for linear, old in zip(linears, before, strict=True))
+        storages = {linear.weight.untyped_storage().data_ptr() for linear in linears}
+        if make is fused:
+            assert len(storages) == 1
+        else:
+            assert places == [linear.weight.data_ptr() for linear in linears]
+
+
+def test_layers_with_and_without_a_bias_are_not_one_product() -> None:
     with pytest.raises(ValueError, match="bias"):
         product([nn.Linear(12, 2), nn.Linear(12, 2, bias=False)], pack=False)
 
