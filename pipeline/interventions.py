@@ -63,12 +63,26 @@ class Program:
     At its first visit to a site the program asserts that each operation changed exactly the tokens that it names.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device, monitor: MonitorPlan | None = None):
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        device: torch.device,
+        monitor: MonitorPlan | None = None,
+        *,
+        every: bool = False,
+    ):
+        """With `every`, all tokens of the segments are monitored instead of their last ones."""
         self._steps = _steps(segments, device)
         units = monitor.units if monitor is not None else {}
         self._units = {site: torch.from_numpy(vectors).to(device) for site, vectors in units.items()}
-        self._last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=device)
-        self.seen: dict[Site, Tensor] = {}  # [segment, direction] float32: projections read in the last pass
+        read = [
+            token
+            for segment in segments
+            for token in range(segment.start, segment.start + segment.length)[0 if every else -1 :]
+        ]
+        self._read = torch.tensor(read, device=device)
+        # [segment, direction] float32, with `every` [token, direction]: projections read in the last pass
+        self.seen: dict[Site, Tensor] = {}
         self._checked: set[Site] = set()
         self.sites = frozenset({*self._steps, *self._units})
 
@@ -83,7 +97,7 @@ class Program:
         self._checked.add(site)
         units = self._units.get(site)
         if units is not None:
-            self.seen[site] = h.index_select(0, self._last).float() @ units.to(h.device).T
+            self.seen[site] = h.index_select(0, self._read).float() @ units.to(h.device).T
         return h
 
     def writes(self, site: Site) -> bool:

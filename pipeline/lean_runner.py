@@ -4,6 +4,10 @@ Rows of a prompt whose conditions have not parted yet are one segment (`pipeline
 block that one of them changes, and while decoding for as long as their tokens agree as well. What several
 prompts begin with (the chat template's system part, a system prompt) is read once under each condition: rows that
 enter later copy its keys and values from a row that is running (`pipeline.common_starts`).
+
+A row may read drafts behind its token (`pipeline.drafts`). Each of them sees what the row's own tokens see, is changed
+as those are, and leaves keys and values at its position. Those of rejected drafts lie behind the row's position, where
+nothing is read before it is written again.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class LeanRunner:
         self._histories: list[Hashable] = []  # equal where rows of a prompt have had the same tokens so far
         self._n_histories = 0
         self._starts: list[StartKey | None] = []  # of each row: what its slot begins with that others may begin with
+        self._drafts: Sequence[tuple[int, ...]] = ()  # of the last pass that verified some
         self._logits: Tensor | None = None
         # Of decoding, by the rows that lead the segments; made anew when rows enter or leave.
         self._programs: dict[tuple[int, ...], Program] = {}
@@ -119,17 +124,48 @@ class LeanRunner:
 
     def step(self, tokens: Tensor) -> Passed:
         self._histories = self._numbered(list(zip(self._histories, tokens.tolist(), strict=True)))
+        passed = self._read(tokens)
+        self._positions = [position + 1 for position in self._positions]
+        return passed
+
+    def verify(self, tokens: Tensor, drafts: Sequence[tuple[int, ...]]) -> Passed:
+        self._histories = self._numbered(list(zip(self._histories, tokens.tolist(), strict=True)))
+        passed = self._read(tokens, drafts)
+        if not bool(passed.logits.amax(dim=-1).isfinite().all()):
+            # A draft that overflows where no chosen token does would reach its row's other tokens, for 0 x NaN is NaN.
+            counts = np.array([len(row) for row in drafts])
+            begins = np.array(self._positions) + 1
+            self.slots.clear(self._places(np.arange(len(counts)), begins, counts))
+            passed = self._read(tokens)
+        self._drafts = drafts
+        self._positions = [position + 1 for position in self._positions]
+        return passed
+
+    def accept(self, n_accepted: Sequence[int]) -> None:
+        for i in range(max(n_accepted)):
+            # One at a time, so that rows with the same tokens have the same history, however many they accept.
+            grown = [
+                (history, drafts[i]) if i < n else history
+                for history, drafts, n in zip(self._histories, self._drafts, n_accepted, strict=True)
+            ]
+            self._histories = self._numbered(grown)
+        self._positions = [position + n for position, n in zip(self._positions, n_accepted, strict=True)]
+
+    def _read(self, tokens: Tensor, drafts: Sequence[tuple[int, ...]] | None = None) -> Passed:
+        """Run a token of each row, and its drafts, from the rows' positions on."""
         found = layouts(
-            self._histories,
+            self._histories if drafts is None else list(zip(self._histories, drafts, strict=True)),
             [[o for o in row.operations if not is_identity(o)] for row in self.rows],
             share=self.share_decoding,
         )
-        passes = [_Decode(self, tokens, self._positions, layout, self._programs) for layout in found]
-        self._programs = {one.leaders: one.program for one in passes}
+        passes = [_Decode(self, tokens, self._positions, layout, self._programs, drafts) for layout in found]
+        if drafts is None:  # the next pass may well be alike
+            self._programs = {one.leaders: one.program for one in passes}
         passed = self._forward(passes)
         assert passed is not None
-        self._positions = [position + 1 for position in self._positions]
-        return passed
+        if drafts is None:
+            return passed
+        return Passed(passed.logits, passed.monitored, tuple(1 + len(row) for row in drafts))
 
     def keep(self, order: Sequence[int]) -> None:
         for new, old in enumerate(order):
@@ -161,7 +197,7 @@ class LeanRunner:
         return self._logits[:n]
 
     def _forward(self, passes: Sequence[_Pass], *, read: bool = True) -> Passed | None:
-        """Run the model through layouts that follow each other; return what it finds of each row's last token."""
+        """Run the model through layouts that follow each other; return what it finds of the tokens that are read."""
         pending = list(passes)
         current = pending.pop(0)
         h = self.lean.embed(current.ids)
@@ -184,14 +220,21 @@ class LeanRunner:
 
 
 class _Pass:
-    """A forward pass from one block on: the tokens of each segment, and what happens to them."""
+    """A forward pass from one block on: the tokens of each segment, and what happens to them.
 
-    def __init__(self, lean: LeanLlama, layout: Layout, lengths: Ints, first: Ints, n_rows: int):
+    Logits and projections are read of each segment's last token, or of `every` token.
+    """
+
+    def __init__(
+        self, lean: LeanLlama, layout: Layout, lengths: Ints, first: Ints, n_rows: int, *, every: bool = False
+    ):
         self.lean, self.layout, self.lengths = lean, layout, lengths
         self.starts: Ints = np.cumsum(lengths) - lengths
         self.segment_of = np.array(layout.segment_of(n_rows))
         self.alone = len(lengths) == n_rows and bool((self.segment_of == np.arange(n_rows)).all())
-        self.last = self.tensor(self.starts + lengths - 1)
+        self.last = self.tensor(np.arange(lengths.sum()) if every else self.starts + lengths - 1)
+        # Of each row in turn: which of the tokens that are read are its own.
+        self.read_of = self.tokens_of_rows() if every else self.segment_of
         self._rotary = lean.rotary(self.tensor(ranges(first, lengths)))
         self.ids: Tensor  # [token]
         self.program: Program
@@ -200,13 +243,17 @@ class _Pass:
     def tensor(self, numbers: Ints) -> Tensor:
         return torch.from_numpy(numbers).to(self.lean.device)
 
+    def tokens_of_rows(self) -> Ints:
+        """Return of each row in turn which tokens of the pass are its own."""
+        return ranges(self.starts[self.segment_of], self.lengths[self.segment_of])
+
     def by_row(self, values: Tensor) -> Tensor:
-        """Return values [segment, ...] as [row, ...]."""
-        return values if self.alone else values.index_select(0, self.tensor(self.segment_of))
+        """Return values of the tokens that are read by segment as those by row."""
+        return values if self.alone else values.index_select(0, self.tensor(self.read_of))
 
     def logits(self, h: Tensor, place: Callable[[int], Tensor]) -> Tensor:
-        """Return logits [row, vocabulary] of each row's last token; `place` returns where so many rows' may lie."""
-        if len(self.lengths) == len(self.segment_of):  # to reorder hidden states costs nothing beside logits
+        """Return logits [token read, vocabulary] by row; `place` returns where so many tokens' may lie."""
+        if len(self.last) == len(self.read_of):  # to reorder hidden states costs nothing beside logits
             last = self.by_row(self.last)
             return self.lean.logits(h.index_select(0, last), place(len(last)))
         return self.by_row(self.lean.logits(h.index_select(0, self.last), place(len(self.last))))
@@ -224,7 +271,7 @@ class _Pass:
         return self.lean.block(layer, h, self._rotary, self.attend, self.program, sites)
 
     def seen(self) -> dict[Site, Tensor]:
-        """Return what was monitored while this layout ran, [row, direction] at each site."""
+        """Return what was monitored while this layout ran, [token read by row, direction] at each site."""
         return {site: self.by_row(values) for site, values in self.program.seen.items()}
 
 
@@ -257,7 +304,7 @@ class _Prefill(_Pass):
         causal = SlotCausal(self.lean, slots, rows[leading].tolist(), first.tolist(), self.lengths.tolist())
         of_row = self.lengths[self.segment_of]
         places = runner._places(rows, begins, of_row)
-        sources = None if self.alone else self.tensor(ranges(self.starts[self.segment_of], of_row))
+        sources = None if self.alone else self.tensor(self.tokens_of_rows())
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             held = (k, v) if sources is None else (k.index_select(0, sources), v.index_select(0, sources))
@@ -268,7 +315,7 @@ class _Prefill(_Pass):
 
 
 class _Decode(_Pass):
-    """One more token of every row."""
+    """One more token of every row, and its drafts."""
 
     def __init__(
         self,
@@ -277,24 +324,32 @@ class _Decode(_Pass):
         positions: Sequence[int],
         layout: Layout,
         programs: dict[tuple[int, ...], Program],
+        drafts: Sequence[tuple[int, ...]] | None = None,
     ):
         self.leaders = tuple(rows[0] for rows in layout.members)
-        at = np.array(positions)[list(self.leaders)]
-        super().__init__(runner.lean, layout, np.ones(len(at), np.int64), at, len(positions))
-        leaders = None if self.alone else self.tensor(np.array(self.leaders))
+        leading = list(self.leaders)
+        counts = np.array([1] * len(positions) if drafts is None else [1 + len(row) for row in drafts])
+        at = np.array(positions)[leading]
+        super().__init__(runner.lean, layout, counts[leading], at, len(positions), every=drafts is not None)
+        leaders = None if self.alone else self.tensor(np.array(leading))
         self.ids = tokens if leaders is None else tokens.index_select(0, leaders)
-        program = programs.get(self.leaders)
+        if drafts is not None:
+            chosen = self.ids.tolist()
+            ids = [token for row, first in zip(leading, chosen, strict=True) for token in (first, *drafts[row])]
+            self.ids = torch.tensor(ids, device=self.lean.device)
+        program = None if drafts is not None else programs.get(self.leaders)
         if program is None:
             rows = [runner.rows[row] for row in self.leaders]
+            # Every token of a response is acted on alike, wherever it stands.
             segments = [
-                Segment(row.operations, len(row.prompt), start=i, length=1, first=len(row.prompt))
-                for i, row in enumerate(rows)
+                Segment(row.operations, len(row.prompt), start=start, length=length, first=len(row.prompt))
+                for row, start, length in zip(rows, self.starts.tolist(), self.lengths.tolist(), strict=True)
             ]
-            program = Program(segments, self.lean.device, runner.monitor)
+            program = Program(segments, self.lean.device, runner.monitor, every=drafts is not None)
         self.program = program
         program.seen.clear()
-        shared = None if leaders is None else (leaders, self.tensor(self.segment_of))
-        self.attend = SlotAttention(self.lean, runner.slots, positions, shared)
+        shared = None if leaders is None else (leaders, self.tensor(self.tokens_of_rows()))
+        self.attend = SlotAttention(self.lean, runner.slots, positions, shared, counts.tolist())
 
 
 def ranges(starts: Ints, lengths: Ints) -> Ints:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.batching import ran_out_of_memory, release_memory
 from pipeline.common_starts import common_starts
+from pipeline.drafts import FIXED_ROWS, FIXED_ROWS_ELSEWHERE, Drafts
 from pipeline.kv_slots import KVSlots
 from pipeline.lean_llama import LeanLlama, lean_llama, why_not
 from pipeline.lean_proof import agrees
@@ -80,13 +81,16 @@ class ReplayEngine:
         share_prefill: bool = True,
         share_starts: bool = True,
         share_decoding: bool = True,
+        share_drafts: bool = True,
         pack: bool = False,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
 
         The lean path computes once what rows share: ``share_prefill`` the conditions of a prompt, up to the first block
         that one of them changes; ``share_starts``, which needs it, what several prompts begin with under one condition;
-        ``share_decoding`` the conditions of a prompt for as long as their tokens agree. ``pack`` is that of
+        ``share_decoding`` the conditions of a prompt for as long as their tokens agree. With ``share_drafts`` a row
+        that decodes greedily reads several tokens in a pass, as texts of its prompt went on, and keeps those that it
+        would have said (`pipeline.drafts`): done where few rows run, which is where it pays. ``pack`` is that of
         `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
 
         Raises:
@@ -95,6 +99,8 @@ class ReplayEngine:
         self.model, self.decoding, self.monitor, self.batch_rows = model, decoding, monitor, batch_rows
         self.share = {"share_prefill": share_prefill, "share_decoding": share_decoding}
         self.share_starts = share_prefill and share_starts
+        self.share_drafts = share_drafts and decoding.greedy
+        self.n_drafted = self.n_accepted = 0  # tokens, in all runs
         self.stop_ids = stop_token_ids(model)
         self.path, self._lean = self._way(lean, pack)
         self._slots: KVSlots | None = None  # kept from run to run
@@ -130,7 +136,8 @@ class ReplayEngine:
         common = common_starts(job.prompt for job in jobs) if self.share_starts and self._lean is not None else {}
         entrants = [Entrant(job.prompt, job.condition.operations, common.get(job.prompt, 0)) for job in jobs]
         waiting = [Waiting(i, entrants[i], jobs[i].prompt) for i in order]
-        scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))))
+        drafts = self._drafts(jobs)
+        scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))), drafts)
         noise = {} if self.decoding.greedy else {i: noise_of(job, self.decoding) for i, job in enumerate(jobs)}
 
         def choose(passed: Passed, rows: Sequence[int]) -> tuple[Tensor, list[bool]]:
@@ -158,7 +165,16 @@ class ReplayEngine:
             self.batch_rows = tried // 2
             for again in scheduler.restart(self.batch_rows):
                 outputs[again] = Output()
+        if drafts is not None:
+            self.n_drafted += drafts.proposed
+            self.n_accepted += drafts.accepted
         return outputs
+
+    def _drafts(self, jobs: Sequence[Job]) -> Drafts | None:
+        if not self.share_drafts or self._lean is None:
+            return None
+        fixed = FIXED_ROWS.get(self.model.device.type, FIXED_ROWS_ELSEWHERE)
+        return Drafts([job.prompt for job in jobs], self.decoding.max_new_tokens, fixed)
 
     def _runner(self, rows: int, length: int) -> Runner:
         if self._lean is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from store.conditions import Operation
@@ -26,6 +27,14 @@ class Passed:
 
     logits: Tensor  # [row, vocabulary] float32, of each row's last token; holds until the next pass
     monitored: Tensor | None  # [row, site, direction] float32, of each row's last token
+    # With drafts: how many tokens of each row were read. Both of the above are then of all of them, row by row.
+    counts: tuple[int, ...] | None = None
+
+    def at(self, places: Sequence[int]) -> Passed:
+        """Return what was found at some of the tokens."""
+        chosen = torch.tensor(places, device=self.logits.device)
+        monitored = None if self.monitored is None else self.monitored.index_select(0, chosen)
+        return Passed(self.logits.index_select(0, chosen), monitored)
 
 
 class Runner(Protocol):
@@ -46,4 +55,20 @@ class Runner(Protocol):
 
     def keep(self, order: Sequence[int]) -> None:
         """Go on with these rows only: row i is from now on what row order[i] was. Those that stay in range stay."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Runner, Protocol):
+    """A runner that takes drafts (`pipeline.drafts`)."""
+
+    def verify(self, tokens: Tensor, drafts: Sequence[tuple[int, ...]]) -> Passed:
+        """Run one more token [row] of every row, and behind it the row's drafts; or `step` where those bring NaN.
+
+        Rows go on behind their token, as after `step`, unless `accept` follows.
+        """
+        ...
+
+    def accept(self, n_accepted: Sequence[int]) -> None:
+        """Go on behind the first so many drafts of each row that the last `verify` read."""
         ...

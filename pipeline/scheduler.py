@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline.runners import Entrant, Passed, Runner
+from pipeline.runners import Entrant, Passed, Runner, Verifier
 
 # Rows wait to enter until this share of the batch is free: a pass over a single prompt uses the machine badly.
 ENTER_SHARE = 1 / 16
@@ -26,6 +27,26 @@ class Choose(Protocol):
         ...
 
 
+class Drafter(Protocol):
+    """What proposes tokens (`pipeline.drafts.Drafts`)."""
+
+    def begin(self, row: int, prompt: Sequence[int]) -> None:
+        """Take in a row that enters."""
+        ...
+
+    def propose(self, rows: Sequence[int], *, more: bool) -> list[tuple[int, ...]]:
+        """Return drafts for each of the running rows; `more` tells whether others wait."""
+        ...
+
+    def said(self, row: int, tokens: Sequence[int]) -> None:
+        """Take what a row chose in a pass: one token more than drafts that were right, if it goes on."""
+        ...
+
+    def end(self, row: int) -> None:
+        """Let a row go."""
+        ...
+
+
 @dataclass(frozen=True)
 class Waiting:
     """A row that has not begun. Rows of the same group follow each other and enter together if they can."""
@@ -38,8 +59,9 @@ class Waiting:
 class Scheduler:
     """Drives rows through a runner."""
 
-    def __init__(self, rows: Sequence[Waiting], batch_rows: int):
-        self.batch_rows = batch_rows
+    def __init__(self, rows: Sequence[Waiting], batch_rows: int, drafts: Drafter | None = None):
+        """With `drafts`, rows may go on by several tokens in a pass, if the runner takes them (`Verifier`)."""
+        self.batch_rows, self.drafts = batch_rows, drafts
         self._waiting = _grouped(rows, batch_rows)
         self._live: list[Waiting] = []
         self._tokens: Tensor | None = None  # [row] the next token of each live row
@@ -65,16 +87,57 @@ class Scheduler:
             if self._entering:
                 passed = runner.enter([row.entrant for row in self._entering])
                 entered, self._entering = self._entering, []
-                tokens, ended = choose(passed, [row.row for row in entered])
+                rows = [row.row for row in entered]
+                tokens, ended = choose(passed, rows)
+                if self.drafts is not None:
+                    for one, token in zip(entered, tokens.tolist(), strict=True):
+                        self.drafts.begin(one.row, one.entrant.prompt)
+                        self.drafts.said(one.row, [token])
                 ended = [False] * len(self._live) + ended
                 self._live += entered
                 self._tokens = tokens if self._tokens is None else torch.cat([self._tokens, tokens])
             else:
                 assert self._tokens is not None
-                passed = runner.step(self._tokens)
-                self._tokens, ended = choose(passed, [row.row for row in self._live])
+                rows = [row.row for row in self._live]
+                if self.drafts is not None and isinstance(runner, Verifier):
+                    self._tokens, ended = self._drafted(self._tokens, rows, self.drafts, runner, choose)
+                else:
+                    self._tokens, ended = choose(runner.step(self._tokens), rows)
             if any(ended):
                 self._leave(runner, ended)
+
+    def _drafted(
+        self, tokens: Tensor, rows: Sequence[int], drafts: Drafter, runner: Verifier, choose: Choose
+    ) -> tuple[Tensor, list[bool]]:
+        """Take a step in which some rows may go on by several tokens."""
+        proposed = drafts.propose(rows, more=bool(self._waiting))
+        passed = runner.verify(tokens, proposed) if any(proposed) else runner.step(tokens)
+        if passed.counts is None:
+            tokens, ended = choose(passed, rows)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                drafts.said(row, [token])
+            return tokens, ended
+        # Row by row token by token, as if each had been a pass: a draft counts if its row has just chosen it.
+        first = list(accumulate(passed.counts, initial=0))
+        said: list[list[int]] = [[] for _ in rows]
+        ended, going = [False] * len(rows), list(range(len(rows)))
+        tokens = tokens.clone()
+        while going:
+            found = passed.at([first[i] + len(said[i]) for i in going])
+            chosen, over = choose(found, [rows[i] for i in going])
+            tokens[torch.tensor(going, device=tokens.device)] = chosen
+            for i, token, done in zip(going, chosen.tolist(), over, strict=True):
+                said[i].append(token)
+                ended[i] = done
+            going = [
+                i for i in going if not ended[i] and proposed[i][len(said[i]) - 1 : len(said[i])] == (said[i][-1],)
+            ]
+        accepted = [len(one) - 1 for one in said]
+        if any(accepted):
+            runner.accept(accepted)
+        for row, one in zip(rows, said, strict=True):
+            drafts.said(row, one)
+        return tokens, ended
 
     def restart(self, batch_rows: int) -> list[int]:
         """Put the rows in flight back, to begin again in smaller batches; return them."""
@@ -100,6 +163,10 @@ class Scheduler:
         return chosen
 
     def _leave(self, runner: Runner, ended: Sequence[bool]) -> None:
+        if self.drafts is not None:
+            for row, gone in zip(self._live, ended, strict=True):
+                if gone:
+                    self.drafts.end(row.row)
         order = without(ended)
         runner.keep(order)
         self._live = [self._live[row] for row in order]
