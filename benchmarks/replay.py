@@ -5,7 +5,9 @@
 The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
-with less or nothing shared, with packed weights, and through transformers' own modules (`--methods` chooses).
+with less or nothing shared, without drafts, with packed weights, and through transformers' own modules (`--methods`
+chooses). ``--methods "drafts off" --batch-rows 8`` says what drafts are worth where few rows run; the table has every
+engine's passes and drafts.
 
 ``--vllm PYTHON`` adds vLLM without interventions on as many requests, run by the Python of an environment that has it
 (.venv-vllm/bin/python after `make test-vllm`), in a process of its own; its texts are compared with the baseline's.
@@ -43,7 +45,7 @@ from store.rows import Row
 from store.sites import Site
 from store.study import ConditionSpec, Decoding
 
-NOTHING_SHARED: dict[str, Any] = {"share_prefill": False, "share_decoding": False}
+NOTHING_SHARED: dict[str, Any] = {"share_prefill": False, "share_decoding": False, "share_drafts": False}
 
 Texts = dict[tuple[str, str], list[int]]  # (row key, condition) -> token ids
 
@@ -203,6 +205,7 @@ def main() -> None:
     options.add_argument("--part", type=int, default=16, help="one prompt in so many runs one by one (default 16)")
     options.add_argument("--methods", nargs="+", help="these beside the engine (default: all), such as 'batch 32'")
     options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
+    options.add_argument("--no-costs", action="store_true", help="leave out what interventions cost")
     options.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM, to run it as well")
     args = options.parse_args()
     if args.cpu_time and args.vllm:
@@ -222,17 +225,20 @@ def main() -> None:
         "engine": {},
         "starts not shared": {"share_starts": False},
         "decoding not shared": {"share_decoding": False},
+        "drafts off": {"share_drafts": False},
         "nothing shared": NOTHING_SHARED,
         "packed weights": {"pack": True},
         "padded": {"lean": False},
     }
     if unknown := {*(args.methods or ())} - {*methods, *engines}:
         options.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join((*methods, *engines))}")
+    made: dict[str, ReplayEngine] = {}
     for name, chosen in engines.items():
         if args.methods is not None and name not in {*args.methods, "engine"}:
             continue
         # One engine for all repetitions: as in a study, whose blocks follow each other.
         engine = ReplayEngine(model, Decoding(max_new_tokens=n), batch_rows=args.batch_rows, **chosen)
+        made[name] = engine
         methods[name] = lambda engine=engine: with_engine(engine, rows, conditions)
     if args.methods is not None:
         methods = {name: method for name, method in methods.items() if name in {*args.methods, "engine"}}
@@ -248,8 +254,15 @@ def main() -> None:
     for name, measured in timed.items():
         same = sum(ids == ours[key] for key, ids in measured.result.items())
         agreement[name] = f"{same} of {len(measured.result)} texts as the engine's"
+        if name in made:
+            passes, drafted, accepted = (
+                count // args.repeats for count in (made[name].n_passes, made[name].n_drafted, made[name].n_accepted)
+            )
+            agreement[name] += f", {passes} passes, {accepted} of {drafted} drafts right"
     print(f"{len(rows)} prompts x {len(conditions)} conditions x {n} tokens, {args.batch_rows} rows in the engine")
     report(timed, "tokens", agreement, args.repeats)
+    if args.no_costs:
+        return
     bare = [dataclasses.replace(condition, operations=()) for condition in conditions]
     few = rows[: max(1, args.batch_rows // len(conditions))]
     engine = ReplayEngine(model, Decoding(max_new_tokens=n), batch_rows=args.batch_rows, **NOTHING_SHARED)

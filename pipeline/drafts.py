@@ -80,7 +80,7 @@ class _Text:
             if goes_on and n <= self.matched:
                 return
             found = self.group.seen.get(tuple(self.tokens[-n:]))
-            if found is not None and found[1] < len(found[0]):
+            if found is not None:
                 self.source, self.at = found
                 while n < min(LONG, self.at) and self.source[self.at - 1 - n] == self.tokens[-1 - n]:
                     n += 1
@@ -113,7 +113,7 @@ class Drafts:
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(self._left[key])
-            for end in range(1, len(tokens) + 1):
+            for end in range(1, len(tokens)):
                 group.add(tokens, end)
         self._texts[row] = _Text(group, tokens, len(tokens) + self.max_new_tokens)
 
@@ -131,8 +131,8 @@ class Drafts:
         first = len(text.tokens)
         for token in tokens:
             text.follow(token)
-        text.look_up()  # before its own end is noted, which would be the latest match
-        for end in range(first + 1, len(text.tokens) + 1):
+        text.look_up()
+        for end in range(first, len(text.tokens)):  # not the last one: nothing has followed it yet
             text.group.add(text.tokens, end)
 
     def end(self, row: int) -> None:
@@ -147,10 +147,11 @@ class Drafts:
         texts = [self._texts[row] for row in rows]
         left = [text.end - len(text.tokens) for text in texts]
         most = [min(LONGEST, n - 1) for n in left]  # a pass yields a token more than drafts that were right
-        behind = max(left, default=0) - LEAD
-        last = sum(n >= behind for n in left)
-        if not more and last > 1:
-            most = [min(one, n - behind) for one, n in zip(most, left, strict=True)]
+        second, top = sorted([-LONGEST, -LONGEST, *left])[-2:]
+        last = sum(n >= top - LEAD for n in left)
+        if not more:
+            behind = (top if last > 1 else second) - LEAD
+            most = [min(one, n - behind) if n >= top - LEAD else 0 for one, n in zip(most, left, strict=True)]
         n_drafts, right = [0] * len(texts), 0.0
         chances = [
             (-self._chance(text.matched), i)

@@ -100,7 +100,7 @@ class ReplayEngine:
         self.share = {"share_prefill": share_prefill, "share_decoding": share_decoding}
         self.share_starts = share_prefill and share_starts
         self.share_drafts = share_drafts and decoding.greedy
-        self.n_drafted = self.n_accepted = 0  # tokens, in all runs
+        self.n_passes = self.n_drafted = self.n_accepted = 0  # in all runs: passes, tokens drafted, right ones of them
         self.stop_ids = stop_token_ids(model)
         self.path, self._lean = self._way(lean, pack)
         self._slots: KVSlots | None = None  # kept from run to run
@@ -165,6 +165,7 @@ class ReplayEngine:
             self.batch_rows = tried // 2
             for again in scheduler.restart(self.batch_rows):
                 outputs[again] = Output()
+        self.n_passes += scheduler.passes
         if drafts is not None:
             self.n_drafted += drafts.proposed
             self.n_accepted += drafts.accepted

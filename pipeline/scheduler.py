@@ -62,6 +62,7 @@ class Scheduler:
     def __init__(self, rows: Sequence[Waiting], batch_rows: int, drafts: Drafter | None = None):
         """With `drafts`, rows may go on by several tokens in a pass, if the runner takes them (`Verifier`)."""
         self.batch_rows, self.drafts = batch_rows, drafts
+        self.passes = 0
         self._waiting = _grouped(rows, batch_rows)
         self._live: list[Waiting] = []
         self._tokens: Tensor | None = None  # [row] the next token of each live row
@@ -84,6 +85,7 @@ class Scheduler:
         """
         while not self.done:
             self._entering = self._next(runner)
+            self.passes += 1
             if self._entering:
                 passed = runner.enter([row.entrant for row in self._entering])
                 entered, self._entering = self._entering, []
