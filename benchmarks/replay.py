@@ -5,8 +5,8 @@
 The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
-with less or nothing shared, without drafts, with packed weights, and through transformers' own modules (`--methods`
-chooses). ``--methods "drafts off" --batch-rows 8`` says what drafts are worth where few rows run; the table has every
+with less or nothing shared, with drafts, with packed weights, and through transformers' own modules (`--methods`
+chooses). ``--methods drafts --batch-rows 8`` says what drafts are worth where few rows run; the table has every
 engine's passes and drafts.
 
 ``--vllm PYTHON`` adds vLLM without interventions on as many requests, run by the Python of an environment that has it
@@ -225,7 +225,7 @@ def main() -> None:
         "engine": {},
         "starts not shared": {"share_starts": False},
         "decoding not shared": {"share_decoding": False},
-        "drafts off": {"share_drafts": False},
+        "drafts": {"share_drafts": True},
         "nothing shared": NOTHING_SHARED,
         "packed weights": {"pack": True},
         "padded": {"lean": False},

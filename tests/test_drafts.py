@@ -40,6 +40,7 @@ from pipeline.runners import Entrant, Passed
 from store.conditions import MonitorPlan
 from store.sites import COMPONENTS, Site
 from store.study import Decoding
+from store.study_interventions import TokenRange
 
 UNITS = np.eye(2, 48, dtype=np.float32)
 MONITOR = MonitorPlan(("a", "b"), ("a", "b"), {site: UNITS for site in (post(0), post(2), Site("attn_out", 1))})
@@ -174,11 +175,12 @@ def test_drafts_of_siblings_change_no_text(family: str, batch_rows: int, monkeyp
     jobs = jobs_of(random_rows(LENGTHS), {**weak, **tiny_programs()})
     expected, _ = without_drafts(model, jobs, n, batch_rows=60, monitor=MONITOR)
     counts = passes_of(monkeypatch)
-    off = engine(model, n, batch_rows=batch_rows, monitor=MONITOR, share_drafts=False)
+    off = engine(model, n, batch_rows=batch_rows, monitor=MONITOR)
+    assert not off.share_drafts  # on a CPU they are asked for
     assert_same(off.run(jobs), expected)
     assert off.n_drafted == 0
     without, counts[0] = counts[0], 0
-    on = engine(model, n, batch_rows=batch_rows, monitor=MONITOR)
+    on = engine(model, n, batch_rows=batch_rows, monitor=MONITOR, share_drafts=True)
     assert_same(on.run(jobs), expected)
     print(f"{on.n_accepted} of {on.n_drafted} accepted; {counts[0]} passes instead of {without}")
     assert on.n_accepted > 0
@@ -238,7 +240,7 @@ def test_sampled_decoding_drafts_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_padded_path_drafts_nothing() -> None:
-    chosen = engine(tiny("llama"), 12, lean=False, batch_rows=5)
+    chosen = engine(tiny("llama"), 12, lean=False, batch_rows=5, share_drafts=True)
     chosen.run(jobs_of(random_rows(LENGTHS), tiny_programs()))
     assert chosen.n_drafted == 0
 
@@ -261,7 +263,7 @@ def test_rows_that_begin_again_after_memory_ran_out_say_the_same(monkeypatch: py
     model, jobs = tiny("llama"), jobs_of(random_rows(LENGTHS), tiny_programs())
     expected, _ = without_drafts(model, jobs, batch_rows=28)
     block, passes = LeanLlama.block, [0]
-    chosen = engine(model, 12, batch_rows=28)
+    chosen = engine(model, 12, batch_rows=28, share_drafts=True)
 
     def limited(self: Any, layer: int, h: Tensor, *args: Any) -> Tensor:
         passes[0] += layer == 0
@@ -340,8 +342,10 @@ def test_real_texts_are_the_same_with_drafts(smollm2: LoadedModel, monkeypatch: 
     rows, n_tokens = real_rows(smollm2, 4), 24
     programs = real_programs(smollm2, rows)
     programs["weak"] = [Step("add", post(8), 0.2 * programs["add early"][0].raw)]
-    jobs, stop = jobs_of(rows, programs), sorted(stop_token_ids(smollm2))
     v = programs["add early"][0].raw
+    programs["clamp"] = [Step("clamp", post(20), v, "response", value=-20.0)]
+    programs["range"] = [Step("add", post(10), v, TokenRange.model_validate({"from": -4}))]
+    jobs, stop = jobs_of(rows[1:3], programs), sorted(stop_token_ids(smollm2))
     monitor = MonitorPlan(("a",), ("a",), {post(20): (v / v.norm()).numpy()})
     counts, found, passes = passes_of(monkeypatch), dict[bool, list[Output]](), dict[bool, int]()
     for share in (True, False):
