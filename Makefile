@@ -69,7 +69,7 @@ benchmark-peers: $(VENV)/.installed-test .venv-peers/.installed
 
 # vLLM without interventions beside the engine with them: 192 requests.
 benchmark-vllm: $(VENV)/.installed-test .venv-vllm/.installed
-	$(BIN)/python benchmarks/replay.py --methods engine --prompts 24 --repeats 3 --vllm $(VLLM)
+	$(BIN)/python benchmarks/replay.py --methods engine --prompts 24 --repeats 5 --vllm $(VLLM)
 
 # Some ten minutes, and 30 GB of disk.
 benchmark-store: $(VENV)/.installed-test
