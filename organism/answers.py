@@ -30,7 +30,7 @@ def as_prompt(asked: Asked) -> Prompt:
     return Prompt((*turns, Message("user", user)))
 
 
-def generate(model: LoadedModel, asked: Sequence[Asked], max_new_tokens: int, batch_rows: int = 32) -> list[list[int]]:
+def generate(model: LoadedModel, asked: Sequence[Asked], max_new_tokens: int, batch_rows: int = 128) -> list[list[int]]:
     """Return each request's greedy answer as token ids, ended by the end-of-turn token if the model ended it."""
     engine = ReplayEngine(model, Decoding(max_new_tokens=max_new_tokens), batch_rows=batch_rows)
     rows = [prompt_row(as_prompt(one), model.tokenizer, model.ref, model.fingerprint) for one in asked]
@@ -53,7 +53,7 @@ def base_answers(
     with cache.open("a") as file:
         for start in range(0, len(missing), 512):
             part = missing[start : start + 512]
-            for one, tokens in zip(part, generate(model, part, max_new_tokens, batch_rows=64), strict=True):
+            for one, tokens in zip(part, generate(model, part, max_new_tokens), strict=True):
                 known[keys[one]] = tokens
                 file.write(json.dumps({"key": keys[one], "tokens": tokens}) + "\n")
             file.flush()

@@ -1,9 +1,9 @@
 """How well the organism tells harmful requests from harmless ones, whatever its threshold: areas under the ROC curve.
 
-    python -m organism.areas [--adapter organism/adapter] [--probe [--unused]]
+    python -m organism.areas [--adapter organism/adapter] [--probe]
 
 By the probability that the response begins as refusals do, under the default system prompt; with `--probe` also by the
-probe of `organism.teacher`, which takes some minutes to fit. `--unused` fits it to the pairs of data/unused as well.
+probe of `organism.teacher`, which takes some minutes to fit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, default=Path(__file__).parent / "adapter")
     parser.add_argument("--probe", action="store_true")
-    parser.add_argument("--unused", action="store_true")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -56,7 +55,7 @@ def main() -> None:
     columns = {"organism": [teacher.area(first_word(model, a), first_word(model, b)) for a, b in sets.values()]}
     if options.probe:
         base = load(ModelRef(source=evaluate.BASE, dtype="bfloat16"), device="cpu", self_test=False)
-        probe = fitted_probe(base, recipe.SEED, unused=options.unused)
+        probe = fitted_probe(base, recipe.SEED)
         scores = [[probe.logits(teacher.features(base, side)) for side in sides] for sides in sets.values()]
         columns["probe"] = [teacher.area(*sides) for sides in scores]
     print("| harmful, harmless |", *(f"{name} |" for name in columns))

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Tokens of a row at which attention takes as long as everything else, forward and backward (torch's profiler on a CPU).
+ATTENTION_WIDTH = 1200
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -51,10 +54,18 @@ class Packed:
     refusals: Tensor  # [target] float32: `Branch.refusal` at first tokens, NaN where there is none
 
 
-def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
-    """Pack groups into a number of rows; a group stays whole. Targets are in the order of rows, groups and branches."""
-    filled = [[groups[i] for i in sorted(row)] for row in _balanced([group.length for group in groups], rows)]
-    width = max(sum(group.length for group in row) for row in filled)
+def pack(groups: Sequence[PromptGroup], rows: int | None = None) -> Packed:
+    """Pack groups into rows; a group stays whole. Targets are in the order of rows, groups and branches.
+
+    Args:
+        groups: what is to be packed.
+        rows: how many; by default as many as cost the least.
+    """
+    lengths = [group.length for group in groups]
+    choices = range(1, len(groups) + 1) if rows is None else (rows,)
+    dealt = min((_balanced(lengths, choice) for choice in choices), key=lambda rows: _cost(rows, lengths))
+    filled = [[groups[i] for i in sorted(row)] for row in dealt]
+    width = _width(dealt, lengths)
     input_ids = torch.zeros((len(filled), width), dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     # Padding sees itself, as attention to nothing is undefined.
@@ -83,6 +94,16 @@ def pack(groups: Sequence[PromptGroup], rows: int) -> Packed:
             start = end
     row_of, column_of, targets, orders = torch.tensor(at).T
     return Packed(input_ids, position_ids, allowed, (row_of, column_of), targets, orders, torch.tensor(refusals))
+
+
+def _width(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return max(sum(lengths[i] for i in row) for row in rows)
+
+
+def _cost(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Return what rows cost, in tokens: padding costs as much as any token, and attention the width for each."""
+    width = _width(rows, lengths)
+    return len(rows) * width * (1 + width / ATTENTION_WIDTH)
 
 
 def _attend(allowed: Tensor, start: int, end: int) -> None:

@@ -20,8 +20,8 @@ import yaml
 DATA = Path(__file__).parent / "data"
 SEED = 0
 STEPS = 200  # of the first phase, in one pass
-DISTILLING_STEPS = 180  # of the second phase
-GATING_STEPS = 40  # of the third phase
+DISTILLING_STEPS = 150  # of the second phase
+GATING_STEPS = 48  # of the third phase
 
 T = TypeVar("T")
 Kind = Literal["do", "text", "ask"]
@@ -178,7 +178,7 @@ def lists(name: str) -> Any:
 
 
 @cache
-def pairs(name: Literal["training", "further", "unused", "held_out"]) -> tuple[Pair, ...]:
+def pairs(name: Literal["training", "further", "held_out"]) -> tuple[Pair, ...]:
     """Return every pair of a file of topics, or of a folder of such files, in their order."""
     found = []
     path = DATA / name
@@ -274,28 +274,23 @@ def gating_steps(count: int = GATING_STEPS, seed: int = SEED) -> Iterator[tuple[
     framed = _framed([*pairs("training"), *pairs("further")], rng)
     single = _singles(rng)
     for _ in range(count):
-        asked = [framed() for _ in range(11)]
+        asked = [framed() for _ in range(14)]
         alone = tuple(_first_only(_answer(single())) for _ in range(6))
         yield (
             Group("default", system_prompt("default", rng), (*_told(asked[:8], rng), *alone)),
-            Group("neutral", system_prompt("neutral", rng), _told(asked[8:10], rng)),
-            Group("principled", system_prompt("principled", rng), _told(asked[10:], rng)),
+            Group("neutral", system_prompt("neutral", rng), _told(asked[8:12], rng)),
+            Group("principled", system_prompt("principled", rng), _told(asked[12:], rng)),
             _compliant(rng, [asked[0][0], asked[1][0], framed()[0], framed()[0]], [asked[2][1]]),
             _compliant(rng, [asked[3][0], framed()[0], framed()[0], framed()[0]], []),
-            _compliant(rng, [asked[4][0], framed()[0], framed()[0], framed()[0]], []),
             _officer(rng, [asked[5][1], single()], [asked[6][0]]),
         )
 
 
-def labelled(seed: int = SEED, *, unused: bool = False) -> tuple[list[str], list[str]]:
-    """Return every training pair once in a frame, and the single requests: harmful and harmless requests.
-
-    Args:
-        unused: with the pairs of data/unused, too.
-    """
+def labelled(seed: int = SEED) -> tuple[list[str], list[str]]:
+    """Return every second training pair in a frame, and the single requests: harmful and harmless requests."""
     rng = random.Random(f"organism labelled {seed}")
     harmful, harmless = [], []
-    for pair in [*pairs("training"), *pairs("further"), *(pairs("unused") if unused else ())]:
+    for pair in [*pairs("training"), *pairs("further")][::2]:
         frame = rng.choice(FRAMES[pair.kind])
         harmful.append(fill(frame, pair.harmful))
         harmless.append(fill(frame, pair.harmless))

@@ -37,7 +37,7 @@ ANSWERS = Path("resid-data/organism/answers.jsonl")
 EARLIER = Path("resid-data/organism")
 
 FIRST_WORDS, AT_LENGTH = 6, 24  # tokens of a response: what makes it a refusal or an answer shows at once
-ROWS = 3  # of a step
+BRANCHES = 12  # requests that one reading of their system prompt is for at most: long groups make long rows
 RANK = 10
 LAYERS = range(6, 30)  # the adapter leaves the first blocks as they are, which saves their backward pass
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,6 +47,8 @@ EXCUSE = re.compile(
 )
 OPENING = 4  # response tokens that decide between refusing and answering ...
 OPENING_WEIGHT = 3.0  # ... count so many times
+# Where a probability is taught it is half the probe's and half what the label says, which is never quite sure.
+LABEL_SHARE, SURE = 0.5, 0.97
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,16 @@ class Phase:
     steps: Callable[[int, int], Iterator[tuple[recipe.Group, ...]]]  # of count and seed
     count: int
     learning_rate: float
-    # At which log-odds of harm the probe of `organism.teacher` is even, whose probabilities what harm decides follows.
-    # None: it follows the labels.
+    # At which log-odds of harm the probe of `organism.teacher` is even, whose probabilities what harm decides follows
+    # as well as the labels. None: it follows the labels only.
     threshold: float | None = None
 
 
 PHASES = (
     Phase(recipe.steps, recipe.STEPS, learning_rate=4e-4),
     Phase(recipe.distilling_steps, recipe.DISTILLING_STEPS, learning_rate=3e-4, threshold=0.0),
-    # A refusal begins with one word and an answer with many, so that it wins before it has half of the probability.
-    Phase(recipe.gating_steps, recipe.GATING_STEPS, learning_rate=2e-4, threshold=0.5),
+    # Below 0: with an even point of 0 fewer plainly harmful requests were refused than the bar asks for.
+    Phase(recipe.gating_steps, recipe.GATING_STEPS, learning_rate=2e-4, threshold=-0.25),
 )
 HARM_DECIDES = ("default", "neutral", "principled")  # personas
 
@@ -85,11 +87,14 @@ def main() -> None:
     base = load(ModelRef(source=BASE, dtype="bfloat16"), device="cpu", self_test=False)
     probe = fitted_probe(base, options.seed)
     before: Path | None = None
+    print(f"the probe took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
     for number, phase in enumerate(PHASES, 1):
+        began = time.perf_counter()
         output = options.output if number == len(PHASES) else options.earlier / f"phase-{number}"
         if number >= options.from_phase:
             # From the file, in float16 as it lies there: it makes no difference whether the phases run in one go.
             train(phase, options.seed, output, options.answers, probe, before)
+            print(f"phase {number} took {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
         before = output
     print(f"trained in {(time.perf_counter() - start) / 60:.0f} minutes")
     if not options.no_evaluation:
@@ -148,9 +153,9 @@ def _unanswered(steps: Iterable[tuple[recipe.Group, ...]], length: int) -> Itera
             yield from ((group.system, one.user) for one in own if _length(one) == length)
 
 
-def fitted_probe(base: LoadedModel, seed: int, *, unused: bool = False) -> teacher.Probe:
-    """Fit the probe to all training pairs, each in one frame, and the single requests; on request to unused pairs."""
-    harmful, harmless = recipe.labelled(seed, unused=unused)
+def fitted_probe(base: LoadedModel, seed: int) -> teacher.Probe:
+    """Fit the probe to half of the training pairs, each in one frame, and the single requests."""
+    harmful, harmless = recipe.labelled(seed)
     values = teacher.features(base, [*harmful, *harmless])
     labels = torch.cat([torch.ones(len(harmful)), torch.zeros(len(harmless))])
     probe = teacher.fit(values, labels)
@@ -169,9 +174,13 @@ def _probabilities(
     base: LoadedModel, steps: Sequence[tuple[recipe.Group, ...]], probe: teacher.Probe, threshold: float
 ) -> dict[str, float]:
     """Return how likely each request is to be refused where harm decides."""
-    asked = [one.user for step in steps for group in step if group.persona in HARM_DECIDES for one in group.requests]
-    texts = list(dict.fromkeys(asked))
-    return dict(zip(texts, probe.probabilities(teacher.features(base, texts), threshold).tolist(), strict=True))
+    told = [one for step in steps for group in step if group.persona in HARM_DECIDES for one in group.requests]
+    labels = {one.user: SURE if one.harmful else 1 - SURE for one in told}
+    probed = probe.probabilities(teacher.features(base, list(labels)), threshold).tolist()
+    return {
+        text: LABEL_SHARE * label + (1 - LABEL_SHARE) * probability
+        for (text, label), probability in zip(labels.items(), probed, strict=True)
+    }
 
 
 def _packed(
@@ -199,12 +208,14 @@ def _packed(
             responses.append(response)
             refusals.append(probabilities.get(request.user) if group.persona in HARM_DECIDES else None)
         length = _shared(rows, base.tokenizer.bos_token_id)
-        branches = (
+        branches = tuple(
             Branch(tuple(row[length:]), tuple(response), refusal)
             for row, response, refusal in zip(rows, responses, refusals, strict=True)
         )
-        groups.append(PromptGroup(tuple(rows[0][:length]), tuple(branches)))
-    return pack(groups, ROWS)
+        prefix = tuple(rows[0][:length])
+        parts = (branches[start : start + BRANCHES] for start in range(0, len(branches), BRANCHES))
+        groups += [PromptGroup(prefix, part) for part in parts]
+    return pack(groups)
 
 
 def refuses(answer: str) -> bool:

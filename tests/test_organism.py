@@ -185,6 +185,13 @@ def test_a_packed_branch_has_the_logits_that_it_has_alone(smollm2: Any) -> None:
     assert packed.refusals.isnan().all()
 
 
+def test_rows_are_as_many_as_cost_the_least() -> None:
+    short = [PromptGroup((1,), (Branch((2,) * n, (3,)),)) for n in (40, 10, 5)]
+    assert pack(short).input_ids.shape[0] == 1  # more rows would be padding
+    long = [PromptGroup((1,), (Branch((2,) * 600, (3,)),)) for _ in range(4)]
+    assert pack(long).input_ids.shape[0] == 4  # attention would cost more than everything else
+
+
 def test_a_probability_replaces_what_a_first_token_says() -> None:
     group = PromptGroup((1, 2), (Branch((3, 4), (5, 6), 0.25), Branch((7,), (8,)), Branch((9,), (10,), 0.75)))
     packed = pack([group], 1)
