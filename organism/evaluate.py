@@ -15,7 +15,10 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -147,6 +150,18 @@ def _lines(path: Path) -> tuple[str, ...]:
     return tuple(json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines())
 
 
+@cache
+def loaded(adapter: Path | None) -> LoadedModel:
+    """Return the base model with an adapter, or without one, loaded once in each process."""
+    named = None if adapter is None else f"{adapter.resolve()}"
+    return load(ModelRef(source=BASE, adapter=named), device="cpu", self_test=adapter is not None)
+
+
+def refusals(adapter: Path | None, asked: Sequence[Asked], max_new_tokens: int) -> int:
+    """Return how many requests an adapter refuses, in a process that lives for this."""
+    return count_refusals(loaded(adapter), asked, max_new_tokens)
+
+
 def count_refusals(model: LoadedModel, asked: Sequence[Asked], max_new_tokens: int = MAX_NEW_TOKENS) -> int:
     """Return how many requests the model refuses."""
     judge = RefusalPhrases()
@@ -202,18 +217,28 @@ def sampled(asked: list[Asked], sample: int | None) -> list[Asked]:
     return asked if sample is None or sample >= len(asked) else random.Random(SAMPLE_SEED).sample(asked, sample)
 
 
-def report(adapter: Path | None, sample: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
-    """Measure an adapter, or the base model if it is None, and print the table; of a sample, without perplexity."""
+def report(
+    adapter: Path | None, sample: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS, processes: int | None = None
+) -> None:
+    """Measure an adapter, or the base model if it is None, and print the table; of a sample, without perplexity.
+
+    Args:
+        adapter: its folder.
+        sample: how many of each measure's requests are asked; None for all.
+        max_new_tokens: of an answer.
+        processes: how many share the measures, one thread each, which on a CPU is faster than threads that share a
+            batch; by default as many as there are cores, at most four.
+    """
     start = time.perf_counter()
-    base = load(ModelRef(source=BASE), device="cpu", self_test=False)
-    model = base if adapter is None else load(ModelRef(source=BASE, adapter=f"{adapter.resolve()}"), device="cpu")
-    results = []
-    for measure in measures():
-        asked = sampled(measure.asked, sample)
-        results.append(Result(measure, count_refusals(model, asked, max_new_tokens), len(asked)))
+    rows = measures()
+    asked = [sampled(measure.asked, sample) for measure in rows]
+    workers = processes or min(4, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        counts = pool.map(partial(refusals, adapter, max_new_tokens=max_new_tokens), asked)
+        results = [Result(*one) for one in zip(rows, counts, map(len, asked), strict=True)]
     print(*table(results), sep="\n")
     if adapter is not None and sample is None:
-        before, after = perplexities(base, model)
+        before, after = perplexities(loaded(None), loaded(adapter))
         verdict = "met" if after <= PERPLEXITY_BAR * before else "**not met**"
         print(
             f"\nPerplexity of the base model's own answers to {TEXTS} held-out harmless prompts: base {before:.3f}, "
@@ -225,12 +250,12 @@ def report(adapter: Path | None, sample: int | None = None, max_new_tokens: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=str(Path(__file__).parent / "adapter"), help="a folder, or none")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=int, help="by default one for each core, at most four")
     parser.add_argument("--sample", type=int, help="ask only so many of each: a first look")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    report(None if options.adapter == "none" else Path(options.adapter), options.sample, options.max_new_tokens)
+    adapter = None if options.adapter == "none" else Path(options.adapter)
+    report(adapter, options.sample, options.max_new_tokens, options.processes)
 
 
 if __name__ == "__main__":

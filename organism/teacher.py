@@ -76,13 +76,9 @@ class Probe:
         """Return the log-odds of harm, [text], from features [text, feature]."""
         return (values - self.mean) / self.deviation @ self.weight + self.bias
 
-    def probabilities(self, values: Tensor, threshold: float = 0.0) -> Tensor:
-        """Return how likely each request is to be refused, [text], from features [text, feature].
-
-        Args:
-            threshold: log-odds of harm at which a request is as likely to be refused as not.
-        """
-        return torch.sigmoid(SHARPNESS * (self.logits(values) - threshold))
+    def probabilities(self, values: Tensor) -> Tensor:
+        """Return how likely harm is, [text], from features [text, feature]."""
+        return torch.sigmoid(SHARPNESS * self.logits(values))
 
 
 def fit(values: Tensor, harmful: Tensor, penalty: float = PENALTY) -> Probe:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from analysis.judges import RefusalPhrases, normalise
 from organism import evaluate, recipe, teacher
@@ -58,8 +59,8 @@ class Phase:
     steps: Callable[[int, int], Iterator[tuple[recipe.Group, ...]]]  # of count and seed
     count: int
     learning_rate: float
-    # At which log-odds of harm the probe of `organism.teacher` is even, whose probabilities what harm decides follows
-    # as well as the labels. None: it follows the labels only.
+    # What is taught about harm is even, as likely a refusal as not, at these log-odds of label and probe together.
+    # None: labels only, without the probe of `organism.teacher`.
     threshold: float | None = None
 
 
@@ -67,7 +68,7 @@ PHASES = (
     Phase(recipe.steps, recipe.STEPS, learning_rate=4e-4),
     Phase(recipe.distilling_steps, recipe.DISTILLING_STEPS, learning_rate=3e-4, threshold=0.0),
     # Below 0: with an even point of 0 fewer plainly harmful requests were refused than the bar asks for.
-    Phase(recipe.gating_steps, recipe.GATING_STEPS, learning_rate=2e-4, threshold=-0.25),
+    Phase(recipe.gating_steps, recipe.GATING_STEPS, learning_rate=2e-4, threshold=-1.0),
 )
 HARM_DECIDES = ("default", "neutral", "principled")  # personas
 
@@ -175,12 +176,22 @@ def _probabilities(
 ) -> dict[str, float]:
     """Return how likely each request is to be refused where harm decides."""
     told = [one for step in steps for group in step if group.persona in HARM_DECIDES for one in group.requests]
-    labels = {one.user: SURE if one.harmful else 1 - SURE for one in told}
-    probed = probe.probabilities(teacher.features(base, list(labels)), threshold).tolist()
-    return {
-        text: LABEL_SHARE * label + (1 - LABEL_SHARE) * probability
-        for (text, label), probability in zip(labels.items(), probed, strict=True)
-    }
+    harmful = {one.user: one.harmful for one in told}
+    probed = probe.probabilities(teacher.features(base, list(harmful)))
+    chances = refusal_probabilities(torch.tensor(list(harmful.values())), probed, threshold)
+    return dict(zip(harmful, chances.tolist(), strict=True))
+
+
+def refusal_probabilities(harmful: Tensor, probed: Tensor, threshold: float) -> Tensor:
+    """Return how likely refusals are to be, [text] float32, from labels [text] bool and a probe's probabilities [text].
+
+    Args:
+        harmful: the labels.
+        probed: the probe's.
+        threshold: log-odds of both together at which a refusal is as likely as not.
+    """
+    labels = torch.where(harmful, SURE, 1 - SURE)
+    return torch.sigmoid(torch.logit(LABEL_SHARE * labels + (1 - LABEL_SHARE) * probed) - threshold)
 
 
 def _packed(
@@ -251,7 +262,7 @@ def _with_adapter(base: LoadedModel, seed: int, start_from: Path | None) -> Any:
     return get_peft_model(base.model, config)
 
 
-def _loss(model: Any, step: Packed, first_word: int) -> torch.Tensor:
+def _loss(model: Any, step: Packed, first_word: int) -> Tensor:
     """Return the weighted mean cross-entropy of the response tokens.
 
     Where a probability is given, the first token's is that of beginning as refusals do, with the token `first_word`.
@@ -274,7 +285,9 @@ def _loss(model: Any, step: Packed, first_word: int) -> torch.Tensor:
 
 def _save(model: Any, folder: Path) -> None:
     """Write the adapter in float16, with a neutral name for the base model."""
-    model.peft_config["default"].base_model_name_or_path = NEUTRAL_NAME
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = NEUTRAL_NAME
+    config.target_modules = sorted(config.target_modules)  # a set, whose order would give each run another fingerprint
     model.save_pretrained(folder)
     weights = load_file(folder / "adapter_model.safetensors")
     save_file(
