@@ -94,6 +94,10 @@ def _fault(keep: Bound, candidate: Measured, against: Measured) -> str:
     where = ", ".join(keep.prompts)
     if keep.at_most is not None:
         return f"{keep.outcome} is {rate:.3f} on {where}" if rate > keep.at_most + 1e-9 else ""
-    assert keep.change_at_most is not None
     change = rate - against.rate(keep.outcome, keep.prompts)
-    return f"{keep.outcome} changes by {change:+.3f} on {where}" if abs(change) > keep.change_at_most + 1e-9 else ""
+    if keep.rise_at_most is not None:
+        beyond = change > keep.rise_at_most + 1e-9
+    else:
+        assert keep.change_at_most is not None
+        beyond = abs(change) > keep.change_at_most + 1e-9
+    return f"{keep.outcome} changes by {change:+.3f} on {where}" if beyond else ""

@@ -21,12 +21,14 @@ class Bound(Strict):
     outcome: Outcome
     prompts: OneOrMore
     at_most: Rate | None = None
-    change_at_most: Rate | None = None
+    change_at_most: Rate | None = Field(default=None, description="in both directions")
+    rise_at_most: Rate | None = Field(default=None, description="it may fall as far as it will")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Bound:
-        if (self.at_most is None) == (self.change_at_most is None):
-            raise fault("give exactly one of at_most and change_at_most", "write at_most: 0.1, say")
+        given = [one for one in (self.at_most, self.change_at_most, self.rise_at_most) if one is not None]
+        if len(given) != 1:
+            raise fault("give exactly one of at_most, change_at_most and rise_at_most", "write at_most: 0.1, say")
         return self
 
 

@@ -24,7 +24,7 @@ from store.study import ConditionSpec
 from store.study_expand import expand
 from store.study_file import load_study
 from store.study_layers import check_layers
-from store.study_select import Selection
+from store.study_select import Bound, Selection
 
 # --- references and `each` ---------------------------------------------------------------------------------------
 
@@ -121,6 +121,16 @@ def test_the_lowest_rate_wins_among_those_that_pass() -> None:
     ranking = choose(RULE, [measured("a", 0.7), measured("b", 0.1, 0.5)], BASELINE)
     assert [len(verdict.faults) for verdict in ranking.verdicts] == [1, 1]
     assert [verdict.change for verdict in ranking.verdicts] == pytest.approx([-0.2, -0.8])
+
+
+@pytest.mark.parametrize(("bound", "rates"), [("change_at_most", [0.2, 0.5]), ("rise_at_most", [0.0, 0.2, 0.5])])
+def test_a_change_is_bounded_in_both_directions_and_a_rise_in_one(bound: str, rates: list[float]) -> None:
+    keep = Bound.model_validate({"outcome": "refusal", "prompts": "good@val", bound: 0.2})
+    rule = RULE.model_copy(update={"keep": [keep]})
+    against = measured("baseline", 0.9, harmless=0.3)
+    tried = [measured(str(rate), 0.1, harmless=rate) for rate in (0.0, 0.2, 0.5, 0.6)]
+    passed = [float(one.candidate.condition) for one in choose(rule, tried, against).verdicts if not one.faults]
+    assert passed == rates
 
 
 def test_of_equals_the_first_wins_and_their_number_is_kept() -> None:
