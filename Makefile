@@ -54,11 +54,12 @@ benchmark: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/replay.py
 
-# Published tools beside capture, in an environment of their own: some 2 GB of disk, and they never meet the project's.
+# Published tools beside capture and replay, in an environment of their own: some 2 GB of disk, and they never meet the project's.
 # steering-vectors asks for transformers 4 and repeng for numpy 1; what is used of them runs with these versions.
 PEERS := .venv-peers/bin/python
 benchmark-peers: $(VENV)/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/capture.py --peers $(PEERS)
+	$(BIN)/python benchmarks/replay.py --methods "batch 32" --prompts 32 --repeats 5 --no-costs --peers $(PEERS)
 
 .venv-peers/.installed:
 	@test -x $(PEERS) || $(PYTHON) -m venv .venv-peers

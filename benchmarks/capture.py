@@ -17,8 +17,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,16 +24,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paths  # noqa: F401
 import torch
 import transformers
 from common import parser, prepare
+from peers import PUBLISHED, Peer
 from torch import Tensor
 
 from pipeline.batching import pad
 from pipeline.capture import BATCH_BOUND, CaptureEngine
 from pipeline.chat import prompt_row
-from pipeline.models import LoadedModel, _folder
+from pipeline.models import LoadedModel, model_folder
 from store.generation import GenerationPlan
 from store.prompts import Message, Prompt
 from store.rows import Row
@@ -48,7 +48,6 @@ ANSWERS = (
     "I would rather not say. There are better people to ask, and they will be able to tell you what it takes, what it "
     "costs and what may go wrong on the way.",
 )
-PEERS = ("steering-vectors", "nnsight", "transformer-lens", "repeng")
 
 
 def rows_of(kind: str, model: LoadedModel, rows: list[Row], prompts: int) -> tuple[list[Row], tuple[str, ...]]:
@@ -109,39 +108,18 @@ def bare(model: LoadedModel, rows: list[Row], budget: int) -> None:
             model.architecture.base(input_ids=torch.tensor(same[start : start + step]), use_cache=False)
 
 
-class Peer:
-    """A published tool in a process of its own, run by another Python."""
+class Published:
+    """A published tool, see capture_peers.py."""
 
-    def __init__(self, python: str, name: str, model: LoadedModel, rows: list[Row], threads: int, stack: ExitStack):
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    def __init__(self, stack: ExitStack, python: str, name: str, model: LoadedModel, rows: list[Row], threads: int):
         ids = [row.token_ids[: row.spans.response_end] for row in rows]
-        texts = [model.tokenizer.decode(tokens) for tokens in ids]
-        (folder / "rows.json").write_text(json.dumps({"ids": ids, "texts": texts}))
-        self._answer = folder / "answer.npy"
-        script = Path(__file__).parent / "capture_peers.py"
-        arguments = [python, str(script), name, str(_folder(model.ref, weights=True)), str(folder), str(threads)]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self._process = stack.enter_context(
-            subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        )
-        stack.callback(self._process.kill)
-        self.version = self._line()  # it has loaded its model
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@ "):
-                return line[2:].strip()
-        raise RuntimeError("the peer ended")
+        asked = {"ids": ids, "texts": [model.tokenizer.decode(tokens) for tokens in ids]}
+        self._peer = Peer(stack, python, "capture_peers.py", asked, name, model_folder(model.ref), threads)
+        self.version = self._peer.version
 
     def __call__(self) -> Tensor:
-        import numpy as np
-
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        self._line()
-        return torch.from_numpy(np.load(self._answer))  # [row, layer, d_model]
+        self._peer.work()
+        return torch.from_numpy(np.load(self._peer.folder / "answer.npy"))  # [row, layer, d_model]
 
 
 def main() -> None:
@@ -186,9 +164,9 @@ def main() -> None:
             methods["bare forward"] = lambda b=tokens: bare(model, rows, b)
     with ExitStack() as stack:
         if args.peers and args.clock == "wall" and positions == ("prompt_end",):
-            for peer in PEERS:
-                running = Peer(args.peers, peer, model, rows, args.threads, stack)
-                methods[f"{peer} {running.version}"] = running
+            for name in PUBLISHED:
+                peer = Published(stack, args.peers, name, model, rows, args.threads)
+                methods[f"{name} {peer.version}"] = peer
         clock = time.perf_counter if args.clock == "wall" else time.process_time
         seconds: dict[str, list[float]] = {name: [] for name in methods}
         results: dict[str, Any] = {}

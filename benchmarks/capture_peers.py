@@ -113,13 +113,13 @@ TOOLS = {
 
 
 def main() -> None:
-    name, checkpoint, folder, threads = sys.argv[1:]
+    folder, name, checkpoint, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    run = TOOLS[name](model, tokenizer, json.loads((Path(folder) / "rows.json").read_text()))
+    run = TOOLS[name](model, tokenizer, json.loads((Path(folder) / "asked.json").read_text()))
     print("@", importlib.metadata.version(name), flush=True)
     for _ in sys.stdin:
         np.save(Path(folder) / "answer.npy", run().float().numpy())

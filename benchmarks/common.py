@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,24 @@ def alternate(methods: Mapping[str, Callable[[], tuple[int, Any]]], repeats: int
     return {name: Timed(statistics.median(seconds[name]), *last[name]) for name in methods}
 
 
-def report(timed: Mapping[str, Timed], unit: str, agreement: Mapping[str, str], repeats: int) -> None:
-    """Print a Markdown table: each method's rate, its ratio to each other method's, and how far the outputs agree."""
+def report(
+    timed: Mapping[str, Timed], unit: str, agreement: Mapping[str, str], repeats: int, against: Sequence[str] = ()
+) -> None:
+    """Print a Markdown table: each method's rate, its ratio to others', and how far the outputs agree.
+
+    Args:
+        timed: the methods.
+        unit: of their work.
+        agreement: what is said of a method's output.
+        repeats: how often each ran.
+        against: methods that have a column of ratios; by default all but the last.
+    """
     names = list(timed)
-    print(f"\n| method | {unit}/s | " + " | ".join(f"x {name}" for name in names[:-1]) + " | agreement |")
-    print("| --- " * (len(names) + 2) + "|")
+    others = against or names[:-1]
+    print(f"\n| method | {unit}/s | " + " | ".join(f"x {name}" for name in others) + " | agreement |")
+    print("| --- " * (len(others) + 3) + "|")
     for name in names:
-        ratios = " | ".join(f"{timed[name].rate / timed[other].rate:.2f}" for other in names[:-1])
+        ratios = " | ".join(f"{timed[name].rate / timed[other].rate:.2f}" for other in others)
         print(f"| {name} | {timed[name].rate:.1f} | {ratios} | {agreement.get(name, '')} |")
     print(
         f"\nmedian of {repeats}, {torch.get_num_threads()} thread(s) of {os.cpu_count()} CPUs ({platform.machine()}), "

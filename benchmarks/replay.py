@@ -12,6 +12,9 @@ engine's passes and drafts.
 ``--vllm PYTHON`` adds vLLM without interventions on as many requests, run by the Python of an environment that has it
 (.venv-vllm/bin/python after `make test-vllm`), in a process of its own; its texts are compared with the baseline's.
 
+``--peers PYTHON`` adds published tools that generate with a direction added, under that condition only, in batches of
+32, each in a process of its own in the environment that `make benchmark-peers` makes.
+
 A second table says what interventions cost: the same rows and the same number of tokens, nothing shared, with all
 operations and with none.
 """
@@ -21,19 +24,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paths  # noqa: F401
 import torch
 from common import alternate, parser, prepare, report
+from peers import PUBLISHED, Peer
 
 from pipeline.batching import pad
 from pipeline.capture import CaptureEngine
@@ -136,9 +136,13 @@ def with_generate(
                     pad_token_id=model.tokenizer.pad_token_id,
                 )
             for row, ids in zip(chosen, out[:, padded.input_ids.shape[1] :].tolist(), strict=True):
-                end = next((i for i, token in enumerate(ids) if token in stop), None)
-                texts[row.key, condition.key] = ids[:end]
+                texts[row.key, condition.key] = up_to_stop(ids, stop)
     return sum(map(len, texts.values())), texts
+
+
+def up_to_stop(ids: list[int], stop: Collection[int]) -> list[int]:
+    """Return the tokens before the first that ends a text."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stop), None)]
 
 
 def with_engine(engine: ReplayEngine, rows: list[Row], conditions: list[Condition]) -> tuple[int, Texts]:
@@ -150,52 +154,68 @@ def with_engine(engine: ReplayEngine, rows: list[Row], conditions: list[Conditio
 
 
 class Vllm:
-    """vLLM in a process of its own: the prompts once per condition, without interventions."""
+    """vLLM, see replay_vllm.py: the prompts once per condition, without interventions."""
 
     def __init__(
         self,
+        stack: ExitStack,
         python: str,
         model: LoadedModel,
         rows: list[Row],
         conditions: list[Condition],
         args: argparse.Namespace,
-        stack: ExitStack,
     ):
         self._keys = [(row.key, condition.key) for row in rows for condition in conditions]
         self._stop = stop_token_ids(model)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         ids = {row.key: list(row.token_ids[: row.spans.prompt_length]) for row in rows}
         asked = {
             "rows": [(ids[row], condition) for row, condition in self._keys],
             "tokens": args.max_new_tokens,
             "stop": sorted(self._stop),
         }
-        (folder / "requests.json").write_text(json.dumps(asked))
-        self._answer = folder / "answer.json"
-        script, checkpoint = Path(__file__).parent / "replay_vllm.py", model_folder(model.ref)
-        arguments = [python, str(script), str(checkpoint), str(folder), str(args.threads), str(args.batch_rows)]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self._process = stack.enter_context(
-            subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        )
-        stack.callback(self._process.kill)
-        self.version = self._line()  # it has loaded its model
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # vLLM prints lines of its own
-            if line.startswith("@ "):
-                return line[2:].strip()
-        raise SystemExit(f"vLLM ended with exit code {self._process.wait()}; its message is above")
+        folder = model_folder(model.ref)
+        self._peer = Peer(stack, python, "replay_vllm.py", asked, folder, args.threads, args.batch_rows)
+        self.version = self._peer.version
 
     def __call__(self) -> tuple[int, Texts]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        self._line()
-        found = json.loads(self._answer.read_text())
+        self._peer.work()
+        found = json.loads((self._peer.folder / "answer.json").read_text())
         texts = {key: [t for t in ids if t not in self._stop] for key, ids in zip(self._keys, found, strict=True)}
         return sum(map(len, texts.values())), {key: ids for key, ids in texts.items() if key[1] == "baseline"}
+
+
+class Published:
+    """A published tool, see replay_peers.py: one condition, which adds a vector, in batches of 32."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        python: str,
+        name: str,
+        model: LoadedModel,
+        rows: list[Row],
+        condition: Condition,
+        args: argparse.Namespace,
+    ):
+        self._keys = [(row.key, condition.key) for row in rows]
+        self._stop = stop_token_ids(model)
+        (add,) = condition.operations
+        asked = {
+            "ids": [row.token_ids[: row.spans.prompt_length] for row in rows],
+            "layer": add.site.layer,
+            "vector": add.vectors[0].tolist(),
+            "tokens": args.max_new_tokens,
+            "stop": sorted(self._stop),
+        }
+        folder = model_folder(model.ref)
+        self._peer = Peer(stack, python, "replay_peers.py", asked, name, folder, args.threads, 32)
+        self.version = self._peer.version
+
+    def __call__(self) -> tuple[int, Texts]:
+        self._peer.work()
+        found = json.loads((self._peer.folder / "answer.json").read_text())
+        texts = {key: up_to_stop(ids, self._stop) for key, ids in zip(self._keys, found, strict=True)}
+        return sum(map(len, texts.values())), texts
 
 
 def main() -> None:
@@ -207,9 +227,10 @@ def main() -> None:
     options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
     options.add_argument("--no-costs", action="store_true", help="leave out what interventions cost")
     options.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM, to run it as well")
+    options.add_argument("--peers", metavar="PYTHON", help="Python that has the published tools, to run them as well")
     args = options.parse_args()
-    if args.cpu_time and args.vllm:
-        raise SystemExit("CPU time says nothing of vLLM, which runs in another process: leave out --cpu-time")
+    if args.cpu_time and (args.vllm or args.peers):
+        raise SystemExit("CPU time says nothing of peers, which run in other processes: leave out --cpu-time")
     if args.cpu_time:
         time.perf_counter = time.process_time
     model, rows = prepare(args)
@@ -244,10 +265,16 @@ def main() -> None:
         methods = {name: method for name, method in methods.items() if name in {*args.methods, "engine"}}
     with_generate(model, rows[:2], conditions[:1], 2, 2)
     with_engine(ReplayEngine(model, Decoding(max_new_tokens=2)), rows[:2], conditions[:1])
+    own = list(methods)
     with ExitStack() as stack:
         if args.vllm:
-            peer = Vllm(args.vllm, model, rows, conditions, args, stack)
-            methods[f"vLLM {peer.version}, no interventions"] = peer
+            vllm = Vllm(stack, args.vllm, model, rows, conditions, args)
+            methods[f"vLLM {vllm.version}, no interventions"] = vllm
+        if args.peers:
+            added = next(condition for condition in conditions if condition.name == "add middle")
+            for name in PUBLISHED:
+                peer = Published(stack, args.peers, name, model, rows, added, args)
+                methods[f"{name} {peer.version}"] = peer
         timed = alternate(methods, args.repeats)
     ours: Texts = timed["engine"].result
     agreement = {}
@@ -260,7 +287,7 @@ def main() -> None:
             )
             agreement[name] += f", {passes} passes, {accepted} of {drafted} drafts right"
     print(f"{len(rows)} prompts x {len(conditions)} conditions x {n} tokens, {args.batch_rows} rows in the engine")
-    report(timed, "tokens", agreement, args.repeats)
+    report(timed, "tokens", agreement, args.repeats, own)
     if args.no_costs:
         return
     bare = [dataclasses.replace(condition, operations=()) for condition in conditions]

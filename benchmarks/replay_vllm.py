@@ -23,14 +23,14 @@ os.environ |= {
 
 
 def main() -> None:
-    checkpoint, folder, threads, batch_rows = sys.argv[1:]
+    folder, checkpoint, threads, batch_rows = sys.argv[1:]
     os.environ["OMP_NUM_THREADS"] = threads
     import torch
 
     torch.set_num_threads(int(threads))
     from vllm import LLM, SamplingParams
 
-    asked = json.loads((Path(folder) / "requests.json").read_text())
+    asked = json.loads((Path(folder) / "asked.json").read_text())
     llm = LLM(
         model=checkpoint,
         dtype="float32",
