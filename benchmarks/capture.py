@@ -114,7 +114,7 @@ class Published:
     def __init__(self, stack: ExitStack, python: str, name: str, model: LoadedModel, rows: list[Row], threads: int):
         ids = [row.token_ids[: row.spans.response_end] for row in rows]
         asked = {"ids": ids, "texts": [model.tokenizer.decode(tokens) for tokens in ids]}
-        self._peer = Peer(stack, python, "capture_peers.py", asked, name, model_folder(model.ref), threads)
+        self._peer = Peer(stack, python, "capture_peers.py", asked, name, model_folder(model.ref), threads, BATCH)
         self.version = self._peer.version
 
     def __call__(self) -> Tensor:

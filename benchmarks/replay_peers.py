@@ -1,29 +1,24 @@
 """One published tool that generates with a direction added, for `benchmarks/replay.py --peers`.
 
-Runs in an environment of its own (`make benchmark-peers`) and imports nothing of this project: reads prompts, a layer
-and a vector from a folder, generates greedily on every line of its input, writes the token ids to answer.json and says
-so. Each tool adds the vector to every token's output of that block, as its documentation shows.
+Runs in an environment of its own (`make benchmark-peers`): continues the prompts that it is asked for, greedily, on
+every line of its input and writes the new token ids to answer.json. Each tool adds the vector to every token's output
+of one block, as its documentation shows.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peer_tools import Asked, bridged, padded_batches, serve
 
 Generate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of token ids and mask, [row, token] each
 
 
-def greedy(asked: dict[str, Any], pad: int) -> dict[str, Any]:
+def greedy(asked: Asked, pad: int) -> dict[str, Any]:
     """Return what transformers' generate is to do."""
     return {
         "max_new_tokens": asked["tokens"],
@@ -33,7 +28,7 @@ def greedy(asked: dict[str, Any], pad: int) -> dict[str, Any]:
     }
 
 
-def steering_vectors(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
+def steering_vectors(model: Any, tokenizer: Any, asked: Asked) -> Generate:
     from steering_vectors import SteeringVector
 
     vector = SteeringVector({asked["layer"]: torch.tensor(asked["vector"])}, layer_type="decoder_block")
@@ -46,7 +41,7 @@ def steering_vectors(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Gener
     return generate
 
 
-def nnsight(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
+def nnsight(model: Any, tokenizer: Any, asked: Asked) -> Generate:
     from nnsight import LanguageModel
 
     wrapped = LanguageModel(model, tokenizer=tokenizer)
@@ -65,13 +60,8 @@ def nnsight(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
     return generate
 
 
-def transformer_lens(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    checkpoint = model.config._name_or_path
-    lens = TransformerBridge.boot_transformers(
-        checkpoint, device="cpu", dtype=torch.float32, tokenizer=tokenizer, hf_model=model
-    )
+def transformer_lens(model: Any, tokenizer: Any, asked: Asked) -> Generate:
+    lens = bridged(model, tokenizer)
     vector = torch.tensor(asked["vector"])
     hooks = [(f"blocks.{asked['layer']}.hook_out", lambda value, hook: value + vector)]
 
@@ -90,7 +80,7 @@ def transformer_lens(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Gener
     return generate
 
 
-def repeng(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
+def repeng(model: Any, tokenizer: Any, asked: Asked) -> Generate:
     import numpy as np
 
     np.float_ = np.float64  # type: ignore[attr-defined]  # gone from numpy 2, and a default value in repeng 0.4.0
@@ -107,36 +97,33 @@ def repeng(model: Any, tokenizer: Any, asked: dict[str, Any]) -> Generate:
     return generate
 
 
+def in_batches(make: Callable[[Any, Any, Asked], Generate]) -> Callable[[Any, Any, Asked], Callable[[], Any]]:
+    """Return the tool as one that continues all prompts, batch after batch, and returns a list of ids for each."""
+
+    def tool(model: Any, tokenizer: Any, asked: Asked) -> Callable[[], list[list[int]]]:
+        generate = make(model, tokenizer, asked)
+
+        def run() -> list[list[int]]:
+            found: list[list[int]] = []
+            for ids, mask in padded_batches(asked["ids"], tokenizer.pad_token_id, asked["batch"]):
+                found += generate(ids, mask)[:, ids.shape[1] :].tolist()
+            return found
+
+        return run
+
+    return tool
+
+
+def write(folder: Path, answer: list[list[int]]) -> None:
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
 TOOLS = {
-    "steering-vectors": steering_vectors,
-    "nnsight": nnsight,
-    "transformer-lens": transformer_lens,
-    "repeng": repeng,
+    "steering-vectors": in_batches(steering_vectors),
+    "nnsight": in_batches(nnsight),
+    "transformer-lens": in_batches(transformer_lens),
+    "repeng": in_batches(repeng),
 }
 
-
-def main() -> None:
-    folder, name, checkpoint, threads, batch = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    asked = json.loads((Path(folder) / "asked.json").read_text())
-    generate = TOOLS[name](model, tokenizer, asked)
-    print("@", importlib.metadata.version(name), flush=True)
-    for _ in sys.stdin:
-        found: list[list[int]] = []
-        for start in range(0, len(asked["ids"]), int(batch)):
-            some = asked["ids"][start : start + int(batch)]
-            width = max(map(len, some))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in some])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in some])
-            with torch.inference_mode():
-                found += generate(ids, mask)[:, width:].tolist()
-        (Path(folder) / "answer.json").write_text(json.dumps(found))
-        print("@ done", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(TOOLS, write)
