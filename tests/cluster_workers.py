@@ -26,6 +26,16 @@ def number_blocks(count: int) -> list[NumberBlock]:
     return [NumberBlock(number) for number in range(count)]
 
 
+def ids(*numbers: int) -> list[str]:
+    return [NumberBlock(number).id for number in numbers]
+
+
+def driver_environment(temporary: Path) -> dict[str, str]:
+    """Return the environment of a process that finds this project, no running cluster, and room for its Ray."""
+    names = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return names | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "TMPDIR": str(temporary)}
+
+
 class FileWorker:
     """Writes ``done/<block id>`` atomically. ``attempts/`` gets one file per attempt, ``builds/`` one per worker."""
 
