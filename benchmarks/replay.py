@@ -2,7 +2,8 @@
 
     python benchmarks/replay.py
 
-The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts padded on the left.
+The peers run one condition at a time: one prompt after the other, or batches of 8 and 32 prompts (or those that
+`--methods "batch 48"` names) padded on the left.
 The slow ones run on a part of the prompts (the table says how many texts) and are compared by rate. Tokens are counted
 up to the end of each text; greedy texts are compared one by one with the engine's. The engine runs as it is by default,
 with less or nothing shared, with drafts, with packed weights, and through transformers' own modules (`--methods`
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -223,7 +225,7 @@ def main() -> None:
     options.add_argument("--max-new-tokens", type=int, default=48, help="tokens per text (default 48)")
     options.add_argument("--batch-rows", type=int, default=192, help="rows that the engine decodes at once (192)")
     options.add_argument("--part", type=int, default=16, help="one prompt in so many runs one by one (default 16)")
-    options.add_argument("--methods", nargs="+", help="these beside the engine (default: all), such as 'batch 32'")
+    options.add_argument("--methods", nargs="+", help="these beside the engine (default: all); batches of any size")
     options.add_argument("--cpu-time", action="store_true", help="count CPU time, on a machine that does other things")
     options.add_argument("--no-costs", action="store_true", help="leave out what interventions cost")
     options.add_argument("--vllm", metavar="PYTHON", help="Python of an environment with vLLM, to run it as well")
@@ -236,6 +238,8 @@ def main() -> None:
     model, rows = prepare(args)
     conditions, n = conditions_of(model, rows), args.max_new_tokens
     share = {1: max(1, len(rows) // args.part), 8: max(min(8, len(rows)), len(rows) // 4), 32: len(rows)}
+    for size in filter(None, (re.fullmatch(r"batch ([1-9]\d*)", name) for name in args.methods or ())):
+        share.setdefault(int(size[1]), len(rows))
     methods: dict[str, Any] = {
         ("one by one" if batch == 1 else f"batch {batch}"): lambda batch=batch, part=part: with_generate(
             model, rows[:part], conditions, batch, n
