@@ -28,7 +28,7 @@ import numpy as np
 import paths  # noqa: F401
 import torch
 import transformers
-from common import parser, prepare
+from common import parser, plan_of, prepare
 from peers import PUBLISHED, Peer
 from torch import Tensor
 
@@ -36,7 +36,6 @@ from pipeline.batching import pad
 from pipeline.capture import BATCH_BOUND, CaptureEngine
 from pipeline.chat import prompt_row
 from pipeline.models import LoadedModel, model_folder
-from store.generation import GenerationPlan
 from store.prompts import Message, Prompt
 from store.rows import Row
 
@@ -134,16 +133,7 @@ def main() -> None:
         os.sched_setaffinity(0, {args.core})
     model, rows = prepare(args)
     rows, positions = rows_of(args.rows, model, rows, args.prompts)
-    plan = GenerationPlan(
-        model=model.fingerprint,
-        d_model=model.architecture.d_model,
-        components=("resid_post",),
-        layers=tuple(range(model.architecture.n_layers)),
-        positions=positions,
-        dtype="float32",
-        n_rows=len(rows),
-        block_rows=len(rows),
-    )
+    plan = plan_of(model, rows, positions)
     methods: dict[str, Callable[[], Any]] = {
         "one by one": lambda: plain(model, rows, positions, 1),
         f"batch {BATCH}": lambda: plain(model, rows, positions, BATCH),

@@ -18,6 +18,7 @@ import transformers
 
 from pipeline.chat import prompt_row
 from pipeline.models import LoadedModel, load
+from store.generation import GenerationPlan
 from store.model_ref import ModelRef
 from store.prompts import Message, Prompt
 from store.rows import Row
@@ -57,6 +58,20 @@ def prepare(args: argparse.Namespace) -> tuple[LoadedModel, list[Row]]:
         messages = (Message("system", system),) if system is not None else ()
         prompts.append(Prompt((*messages, Message("user", json.loads(line)["prompt"]))))
     return model, [prompt_row(prompt, model.tokenizer, model.ref, model.fingerprint) for prompt in prompts]
+
+
+def plan_of(model: LoadedModel, rows: Sequence[Row], positions: tuple[str, ...] = ("prompt_end",)) -> GenerationPlan:
+    """Return the capture of all rows after every block, in one block of float32."""
+    return GenerationPlan(
+        model=model.fingerprint,
+        d_model=model.architecture.d_model,
+        components=("resid_post",),
+        layers=tuple(range(model.architecture.n_layers)),
+        positions=positions,
+        dtype="float32",
+        n_rows=len(rows),
+        block_rows=len(rows),
+    )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import paths  # noqa: F401
 import torch
-from common import alternate, parser, prepare, report
+from common import alternate, parser, plan_of, prepare, report
 from peers import PUBLISHED, Peer
 
 from pipeline.batching import pad
@@ -42,7 +42,6 @@ from pipeline.capture import CaptureEngine
 from pipeline.models import LoadedModel, model_folder
 from pipeline.replay import Job, ReplayEngine, stop_token_ids
 from store.conditions import Condition, Operation, orthonormal_basis
-from store.generation import GenerationPlan
 from store.rows import Row
 from store.sites import Site
 from store.study import ConditionSpec, Decoding
@@ -55,16 +54,7 @@ Texts = dict[tuple[str, str], list[int]]  # (row key, condition) -> token ids
 def conditions_of(model: LoadedModel, rows: list[Row]) -> list[Condition]:
     """Eight conditions of directions between the two kinds of prompts (rows alternate between them)."""
     n = model.architecture.n_layers
-    plan = GenerationPlan(
-        model=model.fingerprint,
-        d_model=model.architecture.d_model,
-        components=("resid_post",),
-        layers=tuple(range(n)),
-        positions=("prompt_end",),
-        dtype="float32",
-        n_rows=len(rows),
-        block_rows=len(rows),
-    )
+    plan = plan_of(model, rows)
     values = CaptureEngine(model).run(rows, plan)["resid_post"][:, :, 0].astype(np.float64)  # [row, layer, d_model]
     v = values[::2].mean(0) - values[1::2].mean(0)
     random = np.random.default_rng(0).standard_normal(v.shape)

@@ -36,11 +36,10 @@ def high_water() -> float:
 def measure(path: str, prompts: int) -> None:
     """Load the model, run one engine (or nothing), and print what it took."""
     import torch
-    from common import SMOLLM2, prepare
+    from common import SMOLLM2, plan_of, prepare
 
     from pipeline.capture import CaptureEngine
     from pipeline.replay import Job, ReplayEngine
-    from store.generation import GenerationPlan
     from store.study import Decoding
 
     libraries = high_water()
@@ -59,16 +58,7 @@ def measure(path: str, prompts: int) -> None:
         length = max(len(row.token_ids) for row in rows) + 24
         held, block = 64 * length * token, 64 * config.vocab_size * 4 / MB  # of a step: logits
     elif path != "load":
-        plan = GenerationPlan(
-            model=model.fingerprint,
-            d_model=model.architecture.d_model,
-            components=("resid_post",),
-            layers=tuple(range(model.architecture.n_layers)),
-            positions=("prompt_end",),
-            dtype="float32",
-            n_rows=len(rows),
-            block_rows=len(rows),
-        )
+        plan = plan_of(model, rows)
         values = CaptureEngine(model, packed=path == "packed").run(rows, plan)
         block = sum(array.nbytes for array in values.values()) / MB
     peak = high_water()

@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def run(folder: Path, size: int, repeats: int) -> None:
-    real, _ = real_activations(96)
+    real = real_activations(96)
     case = Case(folder, real, size)
     print(
         f"{case.bytes / GIB:.2f} GiB: {case.n_rows:,} rows x {case.n_layers} layers x {case.d_model}, bfloat16, "

@@ -15,28 +15,17 @@ import numpy.typing as npt
 POOL = 6  # blocks of different values; the store repeats them
 
 
-def real_activations(prompts: int) -> tuple[npt.NDArray[np.float32], list[str]]:
-    """Return SmolLM2's resid_post at the last prompt token, [row, layer, d_model], and what it was made with."""
+def real_activations(prompts: int) -> npt.NDArray[np.float32]:
+    """Return SmolLM2's resid_post at the last prompt token, [row, layer, d_model]."""
     import torch
-    from common import parser, prepare
+    from common import parser, plan_of, prepare
 
     from pipeline.capture import CaptureEngine
-    from store.generation import GenerationPlan
 
     args = parser(None, prompts=prompts, repeats=1).parse_args([])
     model, rows = prepare(args)
     torch.set_num_threads(1)
-    plan = GenerationPlan(
-        model=model.fingerprint,
-        d_model=model.architecture.d_model,
-        components=("resid_post",),
-        layers=tuple(range(model.architecture.n_layers)),
-        positions=("prompt_end",),
-        dtype="float32",
-        n_rows=len(rows),
-        block_rows=len(rows),
-    )
-    return CaptureEngine(model).run(rows, plan)["resid_post"][:, :, 0], [row.key for row in rows]
+    return CaptureEngine(model).run(rows, plan_of(model, rows))["resid_post"][:, :, 0]
 
 
 def tiled(real: npt.NDArray[np.float32], rows: int, seed: int) -> npt.NDArray[Any]:

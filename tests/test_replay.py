@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from capture_reference import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_reference import Step, condition, gap, generate, random_rows, teacher_forced, tiny
@@ -30,7 +31,6 @@ from pipeline.runners import Entrant, Passed
 from pipeline.scheduler import Scheduler, Waiting, without
 from store.conditions import MonitorPlan
 from store.errors import ModelError, NonFiniteError
-from store.generation import GenerationPlan
 from store.prompts import Message, Prompt
 from store.rows import Row
 from store.sites import COMPONENTS, Site
@@ -230,15 +230,9 @@ def test_a_range_that_a_prompt_lacks_is_refused_before_anything_runs() -> None:
 
 def real_programs(model: LoadedModel, rows: Sequence[Row]) -> Programs:
     """Interventions with directions of real activations: the second half of the rows minus the first."""
-    plan = GenerationPlan(
-        model=model.fingerprint,
-        d_model=model.architecture.d_model,
-        components=("resid_post",),
-        layers=tuple(range(model.architecture.n_layers)),
-        positions=("prompt_end",),
-        dtype="float32",
-        n_rows=len(rows),
-        block_rows=len(rows),
+    n = len(rows)
+    plan = plan_of(
+        model, components=("resid_post",), positions=("prompt_end",), dtype="float32", n_rows=n, block_rows=n
     )
     values = torch.from_numpy(CaptureEngine(model).run(rows, plan)["resid_post"][:, :, 0])  # [row, layer, d_model]
     half = len(rows) // 2
