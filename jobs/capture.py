@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from jobs.context import Context, StageReport, table_of, versions
 from jobs.progress import Progress
+from jobs.prompt_notes import changed_sets, short_parts
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
 from store.activations import CaptureRequest, ModelStore
@@ -233,7 +234,8 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
         BlocksFailedError: is left to the caller: failed blocks are in the report, all others are committed.
     """
     inputs = CaptureInputs(context)
-    report = StageReport("capture", unit="rows", waiting=inputs.waiting, notes=inputs.notes)
+    notes = [*inputs.notes, *short_parts(context), *changed_sets(context)]
+    report = StageReport("capture", unit="rows", waiting=inputs.waiting, notes=notes)
     inputs.write_tables()
     if not inputs.requests:
         return report

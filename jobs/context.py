@@ -17,12 +17,12 @@ from jobs.keeping import Answers
 from store.activations import ActivationStore
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical, canonical_json, fingerprint, short
+from store.leaks import refuse_leaks
 from store.location import Location, is_url
-from store.prompts import Prompt, PromptSet, load_prompt_set, split_prompt_set
+from store.prompts import Prompt, PromptSet, load_prompt_sets
 from store.results import ResultStore
 from store.schemas import TABLES
 from store.study import Study
-from store.study_choices import refuse_leaks
 from store.study_traits import parse_trait_set
 from store.traits import trait_prompt_sets
 from store.yaml_file import where
@@ -80,15 +80,10 @@ class Context:
         Raises:
             StudyError: for a file that cannot be read, an empty set, or parts of different name that share prompts.
         """
-        sets: dict[str, PromptSet] = {}
-        for name, source in self.study.prompts.items():
-            sets[name] = load_prompt_set(name, source, self.study.file)
-            if source.split is not None:
-                sets.update(split_prompt_set(sets[name], source.split, self.study.file))
+        sets = load_prompt_sets(self.study.prompts, self.study.file)
         for name, trait in self.study.traits.items():
             sets.update(trait_prompt_sets(name, trait))
         if not self.study.allow_overlap:
-            _refuse_leaks(sets, self.study.file)
             refuse_leaks(self.study, sets)
         return sets
 
@@ -288,25 +283,6 @@ class ModelIdentity:
     dtype: str
     family: str
     weights_here: bool = True  # else the fingerprint is no model's, and nothing is found under it
-
-
-def _refuse_leaks(sets: dict[str, PromptSet], file: Path | None = None) -> None:
-    """Parts of different name (train, test) must not share prompts, also across sets or with another response."""
-    owner: dict[str, str] = {}
-    for name, prompts in sets.items():
-        if "@" not in name:
-            continue
-        part = name.partition("@")[2]
-        for prompt in prompts.prompts:
-            other = owner.setdefault(prompt.conversation, name)
-            if other.partition("@")[2] != part:
-                key = f"prompts.{name.partition('@')[0]}.split"
-                raise StudyError(
-                    f"{name!r} and {other!r} share a prompt ({prompt.text[:60]!r})",
-                    file=where(file, key),
-                    key=key,
-                    remedy="use one prompt set, remove the duplicate, or set allow_overlap: true",
-                )
 
 
 def table_of(name: str, records: Iterable[dict[str, Any]]) -> pa.Table:

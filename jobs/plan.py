@@ -10,6 +10,7 @@ from jobs.directions import current_directions
 from jobs.geometry import pending_projections
 from jobs.geometry_units import wanted_units
 from jobs.judging import StudyJudge, study_judges
+from jobs.prompt_notes import set_lines
 from jobs.replay import ReplayPlan
 from jobs.score import unscored
 from jobs.stage import study_from
@@ -38,10 +39,7 @@ def plan_lines(context: Context) -> list[str]:
         *([] if identity.weights_here else ["the weights are not on this machine: everything counts as new"]),
         f"store {context.store.location}; results {context.results.location}",
     ]
-    for name, prompts in context.prompt_sets.items():
-        repeated = f" ({prompts.duplicates} repeated rows dropped)" if prompts.duplicates else ""
-        lines.append(f"  prompts {name}: {len(prompts.prompts)}{repeated}")
-    lines += [f"  prompts {name}: waits: {why}" for name, why in context.pending_sets.items()]
+    lines += [f"  {line}" for line in set_lines(context)]
     lines += _kept(context)
     inputs = CaptureInputs(context)
     work = context.store.preview(manifest(context)).work(inputs.requests, study.block_rows, study.compression)

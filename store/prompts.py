@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,15 @@ class Prompt:
         """SHA-256 over the messages alone: prompts that differ only in their response share it."""
         return self._hash(None)
 
+    @cached_property
+    def likeness(self) -> str:
+        """SHA-256 over the messages, each text without the space at its ends.
+
+        Most chat templates strip that space, so prompts of one likeness ("hello", "hello ") are one row to a model.
+        """
+        turns = [[message.role, message.content.strip()] for message in self.messages]
+        return fingerprint({"messages": turns})
+
     def _hash(self, response: str | None) -> str:
         turns = [[message.role, message.content] for message in self.messages]
         return fingerprint({"messages": turns, "response": response})
@@ -82,6 +92,8 @@ class PromptSet:
     name: str
     prompts: tuple[Prompt, ...]
     duplicates: int = 0  # rows of the source that repeated an earlier prompt and were dropped
+    excluded: int = 0  # prompts that were dropped because a set named by `exclude` has them
+    asked: int | None = None  # of a part by count: how many prompts it was to have at most
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -168,10 +180,45 @@ def _order(ids: Iterable[str], seed: int) -> list[str]:
     return sorted(ids, key=lambda item: hashlib.sha256(f"{seed}:{item}".encode()).digest())
 
 
-def load_prompt_set(name: str, source: PromptSource, file: Path | None = None) -> PromptSet:
+def load_prompt_sets(sources: Mapping[str, PromptSource], file: Path | None = None) -> dict[str, PromptSet]:
+    """Read all prompt sets of a study, each followed by its parts; `file` is the study file, for error messages.
+
+    Raises:
+        StudyError: as `load_prompt_set` and `split_prompt_set`, or if sets exclude each other in a circle.
+    """
+    sets: dict[str, PromptSet] = {}
+
+    def add(name: str, trail: tuple[str, ...]) -> None:
+        if name in sets:
+            return
+        source, key = sources[name], f"prompts.{name}.exclude"
+        if name in trail:
+            loop = " -> ".join((*trail[trail.index(name) :], name))
+            raise StudyError(
+                f"prompt sets exclude each other: {loop}", file=where(file, key), key=key, remedy="break the loop"
+            )
+        others: set[str] = set()
+        for other in source.exclude:
+            add(other.partition("@")[0], (*trail, name))
+            others |= {prompt.likeness for prompt in sets[other].prompts}
+        sets[name] = load_prompt_set(name, source, file, others)
+        if source.split is not None:
+            sets.update(split_prompt_set(sets[name], source.split, file))
+
+    for name in sources:
+        add(name, ())
+    return {
+        each: sets[each] for name in sources for each in sets if each == name or each.startswith(f"{name}@")
+    }  # in the file's order
+
+
+def load_prompt_set(
+    name: str, source: PromptSource, file: Path | None = None, excluded: Collection[str] = ()
+) -> PromptSet:
     """Read one prompt set of a study; `file` is the study file, for error messages.
 
-    Rows that repeat an earlier prompt are dropped and counted, then `shuffle_seed` and `limit` choose.
+    Rows that repeat an earlier prompt are dropped and counted, and so are prompts whose `Prompt.likeness` is among
+    `excluded`; then `shuffle_seed` and `limit` choose.
 
     Raises:
         StudyError: for an unreadable file or row, a missing column, or an empty set.
@@ -199,7 +246,8 @@ def load_prompt_set(name: str, source: PromptSource, file: Path | None = None) -
         prompt = _prompt(record, source.columns, at)
         duplicates += prompt.id in prompts
         prompts.setdefault(prompt.id, prompt)
-    ids = list(prompts) if source.shuffle_seed is None else _order(prompts, source.shuffle_seed)
+    allowed = [item for item, prompt in prompts.items() if prompt.likeness not in excluded]
+    ids = allowed if source.shuffle_seed is None else _order(allowed, source.shuffle_seed)
     chosen = tuple(prompts[item] for item in ids[: source.limit])
     if not chosen:
         problem = f"the prompt set is empty: {origin} has no rows"
@@ -207,8 +255,13 @@ def load_prompt_set(name: str, source: PromptSource, file: Path | None = None) -
         if records:
             wanted = ", ".join(f"{column}: {value!r}" for column, value in source.where.items())
             problem, remedy = f"the prompt set is empty: no row of {origin} has {{{wanted}}}", "check `where`"
+        if prompts:
+            problem = (
+                f"the prompt set is empty: {', '.join(source.exclude)} hold all {len(prompts)} prompts of {origin}"
+            )
+            remedy = "check `exclude`"
         raise StudyError(problem, file=where(file, key), key=key, remedy=remedy)
-    return PromptSet(name, chosen, duplicates)
+    return PromptSet(name, chosen, duplicates, len(prompts) - len(allowed))
 
 
 def _no_column(column: str, known: Iterable[str], at: str, file: Path | None, key: str) -> NoReturn:
@@ -222,33 +275,61 @@ def _no_column(column: str, known: Iterable[str], at: str, file: Path | None, ke
 def split_prompt_set(whole: PromptSet, split: Split, file: Path | None = None) -> dict[str, PromptSet]:
     """Return the named disjoint parts ``<set>@<part>``; `file` is the study file, for error messages.
 
-    Prompts are ordered by a hash of (seed, prompt id) and dealt to the parts in turn, so that the file's order does not
-    matter. Counts are exact; fractions are of the whole set, rounded down.
+    Each prompt belongs to one part by itself: a draw that depends on its text, the seed and the parts' sizes alone
+    gives it to a part with a chance in proportion to the part's size (weighted rendezvous hashing; Schindelhauer &
+    Schomaker 2005). So no prompt goes from one part to another because others are added or removed, and prompts of one
+    `Prompt.likeness` belong to the same part, also in sets that share seed and sizes.
+
+    A part by fraction takes all that belong to it, so its size is near the fraction and not exactly it. A part by count
+    takes the first so many in the order of the draw; where fewer belong to it, it is smaller (`PromptSet.asked`). To
+    make that rare for small parts the weight of a count n is n + 2 sqrt(n). Counts share what fractions leave.
 
     Raises:
-        StudyError: if the parts ask for more prompts than there are, or one of them is empty.
+        StudyError: if the counts ask for more prompts than there are, or a part is empty.
     """
-    order = _order(whole.ids, split.seed)
-    by_id = {prompt.id: prompt for prompt in whole.prompts}
-    sizes = {
-        part: int(size * len(order) + 1e-9) if isinstance(size, float) else size for part, size in split.parts.items()
-    }
+    counts = {part: size for part, size in split.parts.items() if isinstance(size, int)}
     key = f"prompts.{whole.name}.split.parts"
-    if sum(sizes.values()) > len(order):
+    if sum(counts.values()) > len(whole.prompts):
         raise StudyError(
-            f"the parts need {sum(sizes.values())} prompts and the set has {len(order)}: they would overlap",
+            f"the parts need {sum(counts.values())} prompts and the set has {len(whole.prompts)}: they would overlap",
             file=where(file, key),
             key=key,
             remedy="ask for fewer, or raise the set's limit",
         )
+    weights = _weights(split)
+    members: dict[str | None, list[tuple[float, str, Prompt]]] = {part: [] for part in weights}
+    for prompt in whole.prompts:
+        draws = {part: _draw(split.seed, part, prompt.likeness) / weight for part, weight in weights.items()}
+        part = min(draws, key=lambda name: draws[name])
+        members[part].append((draws[part], prompt.id, prompt))
     parts: dict[str, PromptSet] = {}
-    start = 0
-    for part, size in sizes.items():
-        if size == 0:
-            key = f"{key}.{part}"
-            problem = f"the part {part!r} is empty: {split.parts[part]} of {len(order)} prompts"
-            raise StudyError(problem, file=where(file, key), key=key, remedy="give it a larger share")
+    for part in split.parts:
+        chosen = sorted(members[part], key=lambda item: item[:2])[: counts.get(part)]
+        if not chosen:
+            problem = f"the part {part!r} is empty: none of the {len(whole.prompts)} prompts falls to it"
+            remedy = "give it a larger share, add prompts, or change split.seed"
+            raise StudyError(problem, file=where(file, f"{key}.{part}"), key=f"{key}.{part}", remedy=remedy)
         name = f"{whole.name}@{part}"
-        parts[name] = PromptSet(name, tuple(by_id[item] for item in order[start : start + size]))
-        start += size
+        parts[name] = PromptSet(name, tuple(prompt for _, _, prompt in chosen), asked=counts.get(part))
     return parts
+
+
+def _weights(split: Split) -> dict[str | None, float]:
+    """Return each part's weight in the draw; None stands for belonging to no part."""
+    fractions = {part: size for part, size in split.parts.items() if isinstance(size, float)}
+    counts = {part: size + 2 * math.sqrt(size) for part, size in split.parts.items() if isinstance(size, int)}
+    left = max(0.0, 1 - sum(fractions.values()))
+    weights: dict[str | None, float] = dict(fractions.items())
+    if counts:
+        # Without fractions as they are, so that another size of one part moves no prompt between the others.
+        unit = left / sum(counts.values()) if fractions else 1.0
+        weights |= {part: unit * weight for part, weight in counts.items()}
+    elif left > 1e-9:
+        weights[None] = left
+    return weights
+
+
+def _draw(seed: int, part: str | None, likeness: str) -> float:
+    """Return an exponentially distributed number that depends on the arguments alone."""
+    digest = hashlib.sha256(f"{seed}:{part or ''}:{likeness}".encode()).digest()
+    return -math.log((int.from_bytes(digest[:8], "big") + 1) / 2**64)

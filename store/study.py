@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -67,7 +68,8 @@ class Columns(Strict):
 
 
 class Split(Strict):
-    """Named disjoint parts, drawn by seed from the content of the prompts (so file order does not matter)."""
+    """Named disjoint parts: fractions, or counts that are at most reached. `store.prompts.split_prompt_set` draws them
+    prompt by prompt, so that neither the file's order nor other prompts decide where a prompt belongs."""
 
     seed: int = 0
     parts: dict[SetName, int | float]
@@ -83,6 +85,10 @@ class Split(Strict):
                 raise fault(f"the part {name!r} cannot have the size {size}", remedy)
         if sum(size for size in parts.values() if isinstance(size, float)) > 1 + 1e-9:
             raise fault("the fractions add up to more than 1: parts would overlap", "make them add up to at most 1")
+        if sum(size for size in parts.values() if isinstance(size, float)) > 1 - 1e-9 and any(
+            isinstance(size, int) for size in parts.values()
+        ):
+            raise fault("the fractions add up to 1 and leave nothing for the counts", "make them add up to less")
         return parts
 
 
@@ -99,6 +105,9 @@ class PromptSource(Strict):
     dataset_revision: str | None = None
     columns: Columns = Columns(prompt="prompt")
     where: dict[str, Scalar] = {}
+    exclude: Annotated[list[str], AfterValidator(distinct)] = Field(
+        default=[], description="without the prompts of these sets or parts; before limit and split"
+    )
     limit: int | None = Field(default=None, ge=1)
     shuffle_seed: int | None = None
     split: Split | None = None

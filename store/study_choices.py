@@ -1,17 +1,14 @@
-"""From choices to conditions: what refers to a choice, which values it may take, and what it may not look at."""
+"""From choices to conditions: what refers to a choice, and which values it may take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import product
 
-from store.errors import StudyError
 from store.layers import LayerValue, resolve_layer
-from store.prompts import PromptSet
 from store.references import Value, Values
 from store.study import ConditionSpec, Replay, Study
 from store.study_expand import expand, fill, is_layer, refers_to
-from store.yaml_file import where
 
 
 def choices_of(spec: ConditionSpec) -> set[str]:
@@ -87,45 +84,3 @@ def _outcomes(study: Study, choice: str, n_layers: int) -> Iterator[dict[str, Va
         yield settled(choice, item.variables, n_layers)
     if selection.otherwise is not None:
         yield settled(choice, selection.otherwise, n_layers)
-
-
-def refuse_leaks(study: Study, sets: Mapping[str, PromptSet]) -> None:
-    """Refuse a choice that looks at prompts on which its effect is reported, or from which directions are computed.
-
-    Raises:
-        StudyError: naming the choice, the two prompt sets and one prompt.
-    """
-    if study.replay is None:
-        return
-    for choice, selection in study.select.items():
-        if selection.given is not None:
-            continue
-        used = {name: "reported on" for name in _reported(study, choice)}
-        for spec in study.directions.values():
-            for side in ("positive", "negative"):
-                used.update(dict.fromkeys(getattr(spec, side, ()), "what directions are computed from"))
-        for name in selection.sets:
-            own = {prompt.conversation for prompt in sets[name].prompts}
-            # Turns of user personas are the model's own words; they are not among the sets yet.
-            for other, why in ((other, why) for other, why in used.items() if other in sets):
-                shared = next((prompt for prompt in sets[other].prompts if prompt.conversation in own), None)
-                if shared is not None:
-                    key = f"select.{choice}.prompts"
-                    raise StudyError(
-                        f"the choice is measured on {name!r}, which shares a prompt with {other!r}, {why} "
-                        f"({shared.text[:60]!r})",
-                        file=where(study.file, key),
-                        key=key,
-                        remedy="choose on a part of its own, such as @val",
-                    )
-
-
-def _reported(study: Study, choice: str) -> set[str]:
-    """Return the prompt sets on which the effect of a choice is reported."""
-    assert study.replay is not None
-    names = {name for comparison in study.comparisons.values() for name in comparison.prompts}
-    candidates = {selection.of for selection in study.select.values()}
-    for name, spec in study.replay.conditions.items():
-        if name not in candidates and choice in choices_of(spec):
-            names |= {prompts for item in expand(name, spec) for prompts in item.spec.prompts or study.replay.prompts}
-    return names

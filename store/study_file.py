@@ -78,6 +78,14 @@ class _Checker(Complaints):
                 remedy = f"check it; paths that start with . are relative to {self.folder(('model', key))}"
                 self.fail(f"there is no file or folder {text}", ("model", key), remedy)
 
+    def excluded(self) -> None:
+        """Check that the sets whose prompts another leaves out are there: sets of files, or parts of them."""
+        for name, source in self.study.prompts.items():
+            known = [*self.study.prompts]
+            known += [f"{each}@{part}" for each, s in self.study.prompts.items() if s.split for part in s.split.parts]
+            for other in source.exclude:
+                self.known("prompt set", other, known, ("prompts", name, "exclude"))
+
     def folder(self, path: KeyPath) -> Path:
         """Return where relative paths of a key start: the folder of the file that holds it."""
         return file_of(self.node, path).absolute().parent
@@ -318,6 +326,7 @@ def load_study(path: str | Path) -> Study:
         _Checker(study, node, family_of).fail(f"two specs define the direction {str(error)!r}", here, "rename one")
     checker = _Checker(study, node, family_of)
     checker.files()
+    checker.excluded()
     checker.traits()
     checker.capture()
     checker.replay()

@@ -161,7 +161,8 @@ def test_the_choice_agrees_with_a_search_by_hand(rows: list[tuple[int, int, int]
 
 def with_choice(study: dict[str, Any]) -> None:
     for name in ("bad", "good"):
-        study["prompts"][name]["split"]["parts"] = {"train": 5, "val": 3, "test": 4}
+        # With this seed just so many of the 12 prompts fall to each part.
+        study["prompts"][name]["split"] = {"seed": 240, "parts": {"train": 5, "val": 3, "test": 4}}
     replay = study["replay"]
     del study["capture"][1:], study["directions"]["answer"], study["directions"]["gap"], study["directions"]["perp"]
     replay["conditions"] = {
@@ -294,8 +295,8 @@ def test_if_none_passes_the_study_stops_or_takes_what_it_states(
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "reported": (lambda s: s["replay"]["conditions"]["chosen"].update(prompts=["bad@val"]), "reported on"),
-    "trained": (lambda s: s["directions"]["refusal"].update(positive="bad@val"), "directions are computed from"),
+    "reported": (lambda s: s["replay"]["conditions"]["chosen"].update(prompts=["bad@val"]), "its effect is reported"),
+    "trained": (lambda s: s["directions"]["refusal"].update(positive="bad@val"), "which the direction 'refusal' reads"),
     "unknown choice": (
         lambda s: s["replay"]["conditions"]["chosen"]["interventions"][0].update(layers=["$sight.layer"]),
         "did you mean 'site'",

@@ -240,7 +240,7 @@ def study(folder: Path, model: Path, name: str = "demo", **changes: Any) -> Path
         "prompts": {
             "bad": {
                 "path": str(ROOT / "prompts/harmful.jsonl"), "limit": 9,
-                "split": {"seed": 1, "parts": {"train": 5, "test": 4}},
+                "split": {"seed": 0, "parts": {"train": 5, "test": 4}},
             },
             "good": {"path": str(ROOT / "prompts/harmless.jsonl"), "limit": 6},
         },

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from jobs.context import _refuse_leaks
 from store.errors import StudyError
+from store.leaks import _refuse_parts
 from store.prompt_files import read_records
-from store.prompts import Message, Prompt, PromptSet, load_prompt_set, split_prompt_set
-from store.study import PromptSource, Split
+from store.prompts import Message, Prompt, PromptSet, load_prompt_set, load_prompt_sets, split_prompt_set
+from store.study import PromptSource, Split, Study
 
 TEXTS = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, unique=True
@@ -261,28 +262,94 @@ def test_a_hub_data_set_is_read_like_a_file_and_its_faults_name_the_key(monkeypa
 # -- splits ---------------------------------------------------------------------------------------------------------
 
 
-@given(TEXTS, st.integers(0, 5), st.randoms(), st.data())
-def test_parts_are_disjoint_of_the_asked_size_and_independent_of_file_order(
-    items: list[str], seed: int, shuffler: random.Random, data: st.DataObject
+SIZES = st.dictionaries(
+    st.sampled_from(["train", "val", "test", "other"]), st.integers(1, 6) | st.sampled_from([0.1, 0.2]), min_size=1
+)
+
+
+def parts_of(items: list[str], split: Split) -> dict[str, set[str]]:
+    """Return the texts of each part; parts are empty where splitting is refused."""
+    try:
+        return {
+            name.partition("@")[2]: set(texts(part)) for name, part in split_prompt_set(whole(items), split).items()
+        }
+    except StudyError:
+        return {name: set() for name in split.parts}
+
+
+@given(st.sets(st.integers(0, 200), min_size=30, max_size=80), st.integers(0, 5), st.randoms(), SIZES)
+def test_parts_are_disjoint_not_larger_than_asked_and_independent_of_file_order(
+    numbers: set[int], seed: int, shuffler: random.Random, sizes: dict[str, int | float]
 ) -> None:
-    first = data.draw(st.integers(1, len(items)))
-    parts: dict[str, int | float] = {"train": first}
-    if first < len(items):
-        parts["test"] = len(items) - first
-    split = Split(seed=seed, parts=parts)
-    one = split_prompt_set(whole(items), split)
+    items = [f"prompt {number}" for number in numbers]
+    split = Split(seed=seed, parts=sizes)
+    one = parts_of(items, split)
     shuffled = items.copy()
     shuffler.shuffle(shuffled)
-    other = split_prompt_set(whole(shuffled), split)
-    assert {name: part.ids for name, part in one.items()} == {name: part.ids for name, part in other.items()}
-    assert [len(part.prompts) for part in one.values()] == list(parts.values())
-    assert sorted(text for part in one.values() for text in texts(part)) == sorted(items)
+    assert parts_of(shuffled, split) == one
+    assert sum(map(len, one.values())) == len(set().union(*one.values()))
+    for name, size in sizes.items():
+        assert not isinstance(size, int) or len(one[name]) <= size
 
 
-def test_fractions_are_of_the_whole_set_and_rounded_down() -> None:
-    parts = split_prompt_set(whole([str(i) for i in range(10)]), Split(parts={"a": 0.7, "b": 0.29, "c": 1}))
-    assert [len(part.prompts) for part in parts.values()] == [7, 2, 1]
-    assert list(parts) == ["s@a", "s@b", "s@c"]
+@given(
+    st.sets(st.integers(0, 300), min_size=30, max_size=90),
+    st.sets(st.integers(0, 300), max_size=90),
+    st.sets(st.integers(0, 300), max_size=60),
+    st.integers(0, 5),
+    SIZES,
+)
+def test_no_prompt_goes_from_one_part_to_another_when_prompts_are_added_or_removed(
+    before: set[int], added: set[int], removed: set[int], seed: int, sizes: dict[str, int | float]
+) -> None:
+    split = Split(seed=seed, parts=sizes)
+    old = parts_of([f"prompt {n}" for n in sorted(before)], split)
+    new = parts_of([f"prompt {n}" for n in sorted((before | added) - removed)], split)
+    for one in sizes:
+        for other in sizes:
+            assert one == other or not old[one] & new[other]
+
+
+def test_a_part_by_count_changes_by_as_many_prompts_as_were_added_or_removed_at_most() -> None:
+    """20 prompts more used to replace all 8 test prompts, 4 of them by former train prompts."""
+    items = [f"prompt {number}" for number in range(220)]
+    split = Split(parts={"train": 64, "test": 8})
+    old, new = parts_of(items[:200], split), parts_of(items, split)
+    assert [len(old["train"]), len(old["test"])] == [len(new["train"]), len(new["test"])] == [64, 8]
+    added = set(items[200:])
+    for part in ("train", "test"):
+        assert new[part] - old[part] <= added
+        assert len(old[part] - new[part]) == len(new[part] & added)
+
+
+def test_fractions_take_about_their_share_and_all_prompts_where_they_add_up_to_one() -> None:
+    items = [f"prompt {number}" for number in range(2000)]
+    parts = parts_of(items, Split(parts={"train": 0.7, "val": 0.1, "test": 0.2}))
+    assert sum(map(len, parts.values())) == 2000
+    for name, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+        assert abs(len(parts[name]) - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
+    mixed = parts_of(items, Split(parts={"train": 0.5, "test": 100}))
+    assert abs(len(mixed["train"]) - 1000) < 4 * 500**0.5
+    assert len(mixed["test"]) == 100
+
+
+def test_counts_are_reached_where_the_set_has_a_quarter_more_and_said_where_not() -> None:
+    split = Split(parts={"train": 64, "val": 24, "test": 64})
+    for seed in range(20):
+        parts = split_prompt_set(whole([f"{seed} {n}" for n in range(208)]), split.model_copy(update={"seed": seed}))
+        assert [len(part.prompts) for part in parts.values()] == [64, 24, 64]
+    parts = split_prompt_set(whole([str(n) for n in range(152)]), split)
+    assert [part.asked for part in parts.values()] == [64, 24, 64]
+    assert sum(len(part.prompts) for part in parts.values()) < 152
+
+
+def test_prompts_that_differ_only_in_space_or_response_belong_to_one_part() -> None:
+    pairs = [Prompt.of(f"{space}{n}{space}") for n in range(100) for space in ("", " ")]
+    pairs += [Prompt.of(str(n), response="yes") for n in range(100)]
+    parts = split_prompt_set(PromptSet("s", tuple(pairs)), Split(parts={"train": 0.5, "test": 0.5}))
+    one, other = ({text.strip() for text in texts(part)} for part in parts.values())
+    assert not one & other
+    assert len(one | other) == 100
 
 
 def test_parts_that_would_overlap_or_be_empty_are_refused(tmp_path: Path) -> None:
@@ -294,19 +361,42 @@ def test_parts_that_would_overlap_or_be_empty_are_refused(tmp_path: Path) -> Non
     assert caught.value.key == "prompts.s.split.parts"
     assert caught.value.problem == "the parts need 3 prompts and the set has 2: they would overlap"
     with pytest.raises(StudyError) as caught:
-        split_prompt_set(whole(["x", "y"]), Split(parts={"a": 1, "b": 0.1}), study)
+        split_prompt_set(whole(["x", "y"]), Split(parts={"a": 1, "b": 0.001}), study)
     assert (caught.value.file, caught.value.key) == (f"{study}:6", "prompts.s.split.parts.b")
-    assert caught.value.problem == "the part 'b' is empty: 0.1 of 2 prompts"
+    assert caught.value.problem == "the part 'b' is empty: none of the 2 prompts falls to it"
+    with pytest.raises(ValidationError, match="leave nothing for the counts"):
+        Split(parts={"a": 1, "b": 1.0})
 
 
 def test_parts_of_different_name_share_no_prompt_across_sets_or_responses() -> None:
     def part(name: str, text: str, response: str | None = None) -> dict[str, PromptSet]:
         return {name: PromptSet(name, (Prompt.of(text, response=response),))}
 
-    _refuse_leaks({**part("x@train", "a"), **part("y@train", "a"), **part("y@test", "b"), **part("z", "b")})
-    for other in (None, "yes"):
-        with pytest.raises(StudyError, match=r"prompts\.y\.split: 'y@test' and 'x@train' share a prompt \('a'\)"):
-            _refuse_leaks({**part("x@train", "a"), **part("y@test", "a", other)})
+    study = Study.model_validate({"name": "s", "model": {"source": "org/name"}})
+    _refuse_parts(study, {**part("x@train", "a"), **part("y@train", "a"), **part("y@test", "b"), **part("z", "b")})
+    for text, other in (("a", None), ("a", "yes"), (" a ", None)):
+        with pytest.raises(StudyError, match=r"prompts\.y\.split: 'y@test' and 'x@train' share a prompt \(' ?a ?'\)"):
+            _refuse_parts(study, {**part("x@train", "a"), **part("y@test", text, other)})
+
+
+def test_excluded_prompts_are_gone_before_limit_and_split_and_are_counted(tmp_path: Path) -> None:
+    first = lines(tmp_path / "first.jsonl", [{"prompt": f"p{n}"} for n in range(40)])
+    second = lines(tmp_path / "second.jsonl", [{"prompt": f"p{n} "} for n in range(15, 60)])
+    sources = {
+        "second": PromptSource(path=str(second), exclude=["first"], split=Split(parts={"train": 0.5, "test": 0.5})),
+        "first": PromptSource(path=str(first)),
+    }
+    sets = load_prompt_sets(sources)
+    assert list(sets) == ["second", "second@train", "second@test", "first"]
+    assert (sets["second"].excluded, len(sets["second"].prompts)) == (25, 20)
+    assert sum(len(sets[f"second@{part}"].prompts) for part in ("train", "test")) == 20
+    limited = load_prompt_sets({**sources, "second": PromptSource(path=str(second), exclude=["first"], limit=5)})
+    assert texts(limited["second"]) == [f"p{n} " for n in range(40, 45)]
+    loop = {**sources, "first": PromptSource(path=str(first), exclude=["second@test"])}
+    with pytest.raises(StudyError, match="prompt sets exclude each other: second -> first -> second"):
+        load_prompt_sets(loop)
+    with pytest.raises(StudyError, match="the prompt set is empty: first hold all 40 prompts"):
+        load_prompt_sets({"first": sources["first"], "s": PromptSource(path=str(first), exclude=["first"])})
 
 
 @given(TEXTS)
