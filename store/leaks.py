@@ -55,7 +55,9 @@ def _refuse_choices(study: Study, sets: Mapping[str, PromptSet]) -> None:
     """Refuse a choice that looks at prompts on which its effect is reported, or from which directions are computed."""
     if study.replay is None:
         return
-    read = {name: direction for direction in study.directions for name in _sets_read(study, direction)}
+    read: dict[str, str] = {}
+    for direction in study.directions:
+        read = {**dict.fromkeys(_sets_read(study, direction), direction), **read}  # the first that reads a set is named
     for choice, selection in study.select.items():
         if selection.given is not None:
             continue
