@@ -18,17 +18,18 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light }
 body { margin: 0 auto; padding: 1.2rem 1.5rem 4rem; max-width: 1000px; background: #fff; color: #1c1c1c;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
+  overflow-wrap: anywhere; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
 h1 { font-size: 1.6rem; margin: .2rem 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem;
   border-top: 1px solid #ddd; padding-top: 1rem } h3 { font-size: 1rem; margin: 1.3rem 0 .3rem }
-nav { font-size: .9rem } nav a { margin-right: 1rem; white-space: nowrap } a { color: #00548a }
+nav { font-size: .9rem; display: flex; flex-wrap: wrap; gap: .1rem 1rem } a { color: #00548a }
 p { margin: .4rem 0; max-width: 75ch } .note { color: #555; font-size: .88rem } .provenance { overflow-wrap: anywhere }
 .missing { background: #f6f6f6; border-left: 3px solid #999; padding: .4rem .8rem }
 .warning { background: #fff6e5; border-left: 3px solid #e69f00; padding: .4rem .8rem }
-.scroll { overflow-x: auto; margin: .5rem 0 } table { border-collapse: collapse; font-size: .84rem }
+.scroll { overflow-x: auto; margin: .5rem 0 }
+table { border-collapse: collapse; font-size: .84rem; overflow-wrap: normal }
 th, td { padding: .18rem .7rem .18rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
 th { border-bottom-color: #999; font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums }
-svg.figure { display: block; width: 100%; height: auto; margin: .6rem 0 }
+svg.figure { display: block; width: 100%; min-width: 620px; height: auto; margin: .6rem 0 }
 svg.figure * { stroke-linejoin: round; stroke-linecap: butt }
 details { margin: .4rem 0 } summary { cursor: pointer; color: #00548a; font-size: .88rem; overflow-wrap: anywhere }
 pre { background: #f7f7f7; padding: .6rem .8rem; font-size: .8rem; overflow-x: auto; margin: .3rem 0 }
@@ -88,8 +89,8 @@ def heading(value: str) -> Html:
 def figure(svg: str) -> Html:
     """Take an SVG element from `analysis.plots`, which escapes its own text."""
     if not svg.startswith("<svg") or "<script" in svg:
-        raise ValueError("this is no figure of analysis.plots")
-    return Html(svg)
+        raise ValueError("this is not a figure of analysis.plots")
+    return element("div", Html(svg), css="scroll")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:

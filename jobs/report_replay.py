@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 from analysis import page
 from analysis.page import Html
 from jobs.context import versions
-from jobs.report_source import Record, Source, as_number, as_percent, noted_model
-from jobs.report_sql import CONDITIONS, MODEL, MONITORED, PROMPT_SETS, RATES, TEXT_FACTS, TEXTS, VERSIONS
+from jobs.report_source import Record, Source, as_number, as_percent, judge_of, noted_model
+from jobs.report_sql import (
+    CONDITIONS,
+    MODEL,
+    MONITORED,
+    OTHER_SCORES,
+    PROMPT_SETS,
+    RATES,
+    SHOWN,
+    TEXT_FACTS,
+    TEXTS,
+    VERSIONS,
+)
 from store.results import ResultStore
 from store.schemas import TABLES
 
@@ -113,9 +124,31 @@ def refusals(source: Source) -> list[Html]:
     heads = ["prompt set", "condition", "judge", "#texts", "#prompts", "#scored", "#unscored", "#refused", "#rate"]
     heads += ["#95% interval", "#degenerate", "#cut at length", "#mean tokens"]
     body += [page.table(heads, rows), page.sql(sql, facts_sql)]
+    body += _other_scores(source, depth)
     does = [[name, r["control_of"], interventions(r["interventions"])] for name, r in by_condition(source).items()]
     table = page.table(["condition", "control of", "interventions"], does)
     return [*body, page.fold("What each condition does", table, page.sql(source.sql(CONDITIONS)))]
+
+
+def _other_scores(source: Source, depth: dict[str, int]) -> list[Html]:
+    """The scores of judges of anything but refusal and broken text: trait, coherence, unsafe content."""
+    sql = source.sql(OTHER_SCORES)
+    records = source.ask(sql)
+    if not records:
+        return []
+    order = {name: i for i, name in enumerate(depth)}
+    rows = []
+    for r in sorted(records, key=lambda r: (r["judge"], r["prompt_set"], order[r["condition"]])):
+        row = [r["judge"], r["measures"], r["prompt_set"], "\u2514 " * depth[r["condition"]] + r["condition"]]
+        row += [r["n_scored"], r["n"] - r["n_scored"], as_number(r["mean"], 2)]
+        row.append(None if r["mean"] is None else f"{r['low']:.2f} to {r['high']:.2f}")
+        unsafe = r["unsafe"] is not None
+        row += [as_percent(r["unsafe"]), f"{r['unsafe_low']:.1%} to {r['unsafe_high']:.1%}" if unsafe else None]
+        rows.append(row)
+    heads = ["judge", "measures", "prompt set", "condition", "#scored", "#unscored", "#mean", "#10% to 90% of texts"]
+    note = "Trait and coherence run from 0 to 100. A text is unsafe where its score is above the judge's threshold."
+    table = page.table([*heads, "#unsafe", "#95% interval"], rows)
+    return [page.heading("Scores of other judges"), table, page.note(note), page.sql(sql)]
 
 
 def rate_of(record: Record, depth: int) -> Rate:
@@ -210,7 +243,7 @@ def texts(source: Source) -> list[Html]:
         return [page.missing(f"No texts: nothing is generated yet. Remedy: {source.remedy('replay')}")]
     order = {record["condition"]: i for i, (record, _) in enumerate(source.conditions)}
     body = [
-        page.note(f"{TEXTS} prompts at most, chosen by a hash of their ids, under every condition; the first seed.")
+        page.note(f"At most {SHOWN} prompts, chosen by a hash of their ids, under every condition; the first seed.")
     ]
     for number, ((prompts, _), group) in enumerate(groupby(records, key=lambda r: (r["prompt_set"], r["prompt_id"]))):
         texts = sorted(group, key=lambda r: order[r["condition"]])
@@ -231,10 +264,6 @@ def texts(source: Source) -> list[Html]:
 
 def by_condition(source: Source) -> dict[str, Record]:
     return {record["condition"]: record for record, _ in source.conditions}
-
-
-def judge_of(record: Record) -> str:
-    return f"{record['judge']} {record['judge_version']}" if record["judge"] else "none"
 
 
 def interventions(text: str) -> str:

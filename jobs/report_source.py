@@ -139,6 +139,10 @@ def chosen_model(
     return matching[0]
 
 
+def judge_of(record: Record) -> str:
+    return f"{record['judge']} {record['judge_version']}" if record["judge"] else "none"
+
+
 def as_percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.1%}"
 

@@ -25,6 +25,20 @@ FROM generations LEFT JOIN (
     SELECT generation_key, bool_or(degenerate) AS degenerate FROM labels WHERE {OF_STUDY} GROUP BY ALL
 ) USING (generation_key)
 WHERE {OF_STUDY} GROUP BY ALL ORDER BY ALL"""
+OTHER_SCORES = f"""\
+SELECT prompt_set, condition, judge, measures, n, n_scored, mean, low, high, unsafe,
+    wilson_low(n_unsafe, n_scored) AS unsafe_low, wilson_high(n_unsafe, n_scored) AS unsafe_high
+FROM (
+    SELECT prompt_set, condition, judge, measures, any_value(n) AS n, count(value) AS n_scored, avg(value) AS mean,
+        quantile_cont(value, 0.1) AS low, quantile_cont(value, 0.9) AS high,
+        count(*) FILTER (WHERE label = 'unsafe') AS n_unsafe,
+        CASE WHEN measures = 'unsafe' AND count(value) > 0 THEN n_unsafe / count(value) END AS unsafe
+    FROM (SELECT * REPLACE (CASE WHEN error IS NULL THEN value END AS value,
+            CASE WHEN error IS NULL THEN label END AS label)
+        FROM scores WHERE {OF_STUDY} AND measures NOT IN ('refusal', 'degenerate'))
+    JOIN (SELECT prompt_set, condition, count(*) AS n FROM generations WHERE {OF_STUDY} GROUP BY ALL)
+        USING (prompt_set, condition)
+    GROUP BY prompt_set, condition, judge, measures) ORDER BY ALL"""
 COSINES = f"""\
 SELECT direction_a, direction_b, component, layer, cosine
 FROM cosines WHERE {OF_STUDY} AND direction_a <> direction_b ORDER BY component, direction_a, direction_b, layer"""

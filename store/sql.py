@@ -56,7 +56,7 @@ VIEWS: dict[str, str] = {
     "scores": "judge scores of the generations that current studies ask for",
     "all_scores": "every score ever written, as stored",
     "labels": "per generation and refusal judge: refusal, degenerate, verdict (NULL where not scored)",
-    "verdicts": "per generation and refusal judge the paper's label: refusal, bypass, degenerate (NULL: not scored)",
+    "verdicts": "per generation and refusal judge the paper's label: refusal, bypass, neither (NULL: not scored)",
     "refusal_rates": "refusals per condition with 95% Wilson intervals, seeds pooled",
     "refusal_rates_by_seed": "the same for each seed",
 }

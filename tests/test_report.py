@@ -663,5 +663,5 @@ def test_a_figure_of_nothing_is_refused() -> None:
         plots.heatmap("x", ["a"], np.zeros((2, 2)), "t", "about")
     with pytest.raises(ValueError, match="2 x 1 values"):
         layer_heatmap("x", [0, 1], [3], np.zeros((1, 2)), "a", "b", "about")
-    with pytest.raises(ValueError, match="no figure"):
+    with pytest.raises(ValueError, match="not a figure"):
         page.figure("<p>")
