@@ -50,7 +50,7 @@ class CaptureInputs:
             self._rendered[key] = prompt_row(
                 prompt,
                 context.tokenizer,
-                context.study.model,
+                context.chat_model,
                 context.identity.fingerprint,
                 with_response=with_response,
             )
@@ -234,7 +234,8 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
         BlocksFailedError: is left to the caller: failed blocks are in the report, all others are committed.
     """
     inputs = CaptureInputs(context)
-    notes = [*inputs.notes, *short_parts(context), *changed_sets(context)]
+    clock = context.clock_line()
+    notes = [*([clock] if clock else []), *inputs.notes, *short_parts(context), *changed_sets(context)]
     report = StageReport("capture", unit="rows", waiting=inputs.waiting, notes=notes)
     inputs.write_tables()
     if not inputs.requests:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from jobs.stage import STAGES, add_study_arguments, guarded, run_one
+from store.code_version import code_version
 from store.location import Location
 from store.study_file import load_study
 
 EPILOG = "A study file says everything; studies/demo.yaml documents its keys."
+
+
+class _Version(argparse.Action):
+    """Print the version; only then is git asked for the commit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"resid {code_version()}")
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="resid", description="Residual-stream directions in chat models.", epilog=EPILOG
     )
-    parser.add_argument("--version", action="version", version=f"resid {version('resid')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, with the commit of a checkout")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     helps = {
         "capture": "run the model over the prompts and commit what the store lacks",

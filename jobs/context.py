@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +16,12 @@ import pyarrow as pa
 
 from jobs.keeping import Answers
 from store.activations import ActivationStore
+from store.code_version import code_version
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical, canonical_json, fingerprint, short
 from store.leaks import refuse_leaks
 from store.location import Location, is_url
+from store.model_ref import ModelRef
 from store.prompts import Prompt, PromptSet, load_prompt_sets
 from store.results import ResultStore
 from store.schemas import TABLES
@@ -155,6 +158,42 @@ class Context:
         from pipeline.models import load_tokenizer
 
         return load_tokenizer(self.study.model)
+
+    @cached_property
+    def clock(self) -> tuple[str, str] | None:
+        """The date and time that the chat template is told, and where it comes from; None if it does not ask.
+
+        The study states it (`model.date`), or else the store keeps the moment at which this model's prompts were first
+        rendered for it: first writer wins. Only planning writes nothing. Workers get token ids and never ask.
+        """
+        from pipeline.chat import reads_clock
+
+        if not reads_clock(self.tokenizer, self.study.model):
+            return None
+        if self.study.model.date is not None:
+            return self.study.model.date, "from model.date"
+        place = self.store.location / short(self.identity.fingerprint) / "clock.json"
+        now = datetime.now().isoformat(timespec="seconds")
+        if not self.only_planning:
+            place.create(json.dumps({"date": now}).encode())
+        try:
+            return str(json.loads(place.read_bytes())["date"]), "of the first capture, kept in the store"
+        except FileNotFoundError:
+            return now, "now; the first capture keeps its moment in the store"
+
+    @cached_property
+    def chat_model(self) -> ModelRef:
+        """The study's model with the date that its chat template is told, for rendering prompts."""
+        return self.study.model if self.clock is None else self.study.model.model_copy(update={"date": self.clock[0]})
+
+    def clock_line(self) -> str | None:
+        """Return what a plan says about the date in the chat template."""
+        if self.clock is not None:
+            date, origin = self.clock
+            return f"the chat template reads the clock: it is told {date} ({origin}; model.date states another)"
+        if self.study.model.date is not None:
+            return "model.date has no effect: the chat template does not read the clock"
+        return None
 
     def receipt(self) -> str | None:
         """Return the site self-test's receipt as JSON, from the store or the results, if a worker has left one."""
@@ -296,9 +335,9 @@ def block_id(parts: Iterable[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {}
-    for package in ("resid", "torch", "transformers", "numpy", "zarr"):
+    """Return the versions that a result depends on; resid's with the commit of a checkout (`store.code_version`)."""
+    found = {"resid": code_version()}
+    for package in ("torch", "transformers", "numpy", "zarr"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

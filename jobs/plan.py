@@ -38,6 +38,7 @@ def plan_lines(context: Context) -> list[str]:
         f"{identity.dtype}, fingerprint {identity.fingerprint[:16]}",
         *([] if identity.weights_here else ["the weights are not on this machine: everything counts as new"]),
         f"store {context.store.location}; results {context.results.location}",
+        *([clock] if (clock := context.clock_line()) else []),
     ]
     lines += [f"  {line}" for line in set_lines(context)]
     lines += _kept(context)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from store.errors import ModelError
@@ -11,11 +14,22 @@ from store.prompts import Prompt
 from store.rows import Row
 from store.sites import Spans
 
+# Put in front of a template, this takes the place of transformers' clock. Templates are given plain data, no functions,
+# so formats are learnt one by one, from the error. The newline behind a block is dropped: the template itself begins a
+# line, as it does alone.
+_UNKNOWN_FORMAT = "resid knows no time in the format "
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% if format in resid_times %}{{ resid_times[format] }}{% else %}"
+    f"{{{{ raise_exception('{_UNKNOWN_FORMAT}' ~ format) }}}}"
+    "{% endif %}{% endmacro %}\n"
+)
+
 
 def render(prompt: Prompt, tokenizer: Any, ref: ModelRef) -> str:
     """Return the prompt's text under the chat template, generation prompt included.
 
-    The reference's system prompt goes first where the prompt has none of its own.
+    The reference's system prompt goes first where the prompt has none of its own. Its `date` is what a template that
+    asks for the time is told; without one that is the clock's.
 
     Raises:
         ModelError: if the tokenizer has no chat template, or the template refuses the conversation.
@@ -25,16 +39,50 @@ def render(prompt: Prompt, tokenizer: Any, ref: ModelRef) -> str:
         messages.insert(0, {"role": "system", "content": ref.system_prompt})
     if tokenizer.chat_template is None:
         raise ModelError(f"{ref.source} has no chat template\n  remedy: use an instruction-tuned (chat) model")
-    kwargs = dict(ref.chat_template_kwargs)
+    kwargs: dict[str, Any] = dict(ref.chat_template_kwargs)
+    times = {} if ref.date is None else _times(ref.date)
+    if ref.date is not None and _names_clock(tokenizer):
+        template = tokenizer.get_chat_template(kwargs.pop("chat_template", None))
+        kwargs |= {"chat_template": _CLOCK + template, "resid_times": times}
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
     except Exception as error:  # templates raise their own jinja errors
+        unknown = str(error).partition(_UNKNOWN_FORMAT)[2]
+        if unknown and ref.date is not None and unknown not in times:
+            times[unknown] = datetime.fromisoformat(ref.date).strftime(unknown)
+            return render(prompt, tokenizer, ref)
         raise ModelError(
             f"the chat template of {ref.source} refuses prompt {prompt.id[:16]}: {error}\n"
             "  remedy: some templates know no system role; leave out system prompts for this model"
         ) from None
     assert isinstance(text, str)
     return text
+
+
+def _names_clock(tokenizer: Any) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+@lru_cache
+def _times(date: str) -> dict[str, str]:
+    """Return the formats in which templates asked for a date so far, with its texts; `render` adds to it."""
+    return {}
+
+
+def reads_clock(tokenizer: Any, ref: ModelRef) -> bool:
+    """Tell whether the chat template asks for the time (`strftime_now`) under the reference's template variables.
+
+    Tried on a chat with and one without a system prompt, with two dates; a template that refuses both is not asked.
+    """
+    if not _names_clock(tokenizer):
+        return False
+    for prompt in (Prompt.of("x"), Prompt.of("x", system="y")):
+        dates = ("2001-02-03T04:05:06", "2007-08-09T10:11:12")
+        with contextlib.suppress(ModelError):
+            texts = {render(prompt, tokenizer, ref.model_copy(update={"date": date})) for date in dates}
+            if len(texts) > 1:
+                return True
+    return False
 
 
 def tokenize(text: str, tokenizer: Any) -> list[int]:

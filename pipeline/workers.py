@@ -194,7 +194,8 @@ class ReplayWorker:
         jobs = [Job(item.row, self.conditions[item.condition], item.seed) for item in block.items]
         outputs = self.engine.run(jobs)
         if self.monitor is not None:
-            self.results.write_block("monitored", block.id, self._monitored(block, outputs))
+            monitored = self._monitored(block, outputs)
+            self.results.write_block("monitored", block.id, monitored, provenance=self.provenance)
         written = self.results.write_block(
             "generations", block.id, self._generations(block, outputs), provenance=self.provenance
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from store.code_version import code_version
 from store.selection import Dtype, Part, Selection
 
 STEP_BYTES = 16 << 20  # of values that are handed to a writer at a time
@@ -62,7 +62,7 @@ class Export:
             "model": selection.parts[0].generation.plan.model,
             "model_name": self.model_name,
             "captures": sorted({part.generation.id for part in selection.parts}),
-            "resid": version("resid"),
+            "resid": code_version(),
         }
 
     @cached_property

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 JsonScalar = str | int | float | bool | None
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -46,6 +55,11 @@ class ModelRef(BaseModel):
     chat_template_kwargs: dict[str, JsonScalar] = Field(
         default={}, description="Extra variables for the chat template, for example `enable_thinking: false`."
     )
+    date: str | None = Field(
+        default=None,
+        description="What a chat template that reads the clock (`strftime_now`) is told: 2026-11-30, or "
+        "2026-11-30T14:05. None: the moment of the first capture of this model, which the store keeps.",
+    )
     trust_remote_code: bool = Field(
         default=False, description="Run Python code that ships with the checkpoint. Only for sources that you trust."
     )
@@ -65,6 +79,24 @@ class ModelRef(BaseModel):
                 "nor package:<python package>/<file>.gguf"
             )
         return source
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, date: str | None) -> str | None:
+        if date is not None:
+            try:
+                datetime.fromisoformat(date)
+            except ValueError:
+                raise ValueError(f"{date!r} is not a date; write 2026-11-30, or 2026-11-30T14:05") from None
+        return date
+
+    @model_serializer(mode="wrap")
+    def _without_default_date(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `date` out where it is not given, so that what was recorded before there was one stays equal."""
+        values: dict[str, Any] = handler(self)
+        if self.date is None:
+            values.pop("date", None)
+        return values
 
     @model_validator(mode="after")
     def _revisions_are_of_hub_ids(self) -> ModelRef:

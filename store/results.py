@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from store.code_version import code_version
 from store.errors import DamageError
 from store.fingerprint import canonical, short
 from store.location import Location
@@ -189,7 +190,7 @@ class ResultStore:
         )
         content = sink.getvalue()
         digest = hashlib.sha256(content).hexdigest()
-        noted = canonical(provenance or {})
+        noted = canonical(provenance or {"versions": {"resid": code_version()}})
         assert isinstance(noted, dict)
         commit = Commit(table, name, f"{name}-{short(digest)}.parquet", data.num_rows, len(content), digest, noted)
         (self.location / table / commit.file).write(content)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
-from pipeline.chat import prompt_row, render, response_row, tokenize
+from pipeline.chat import prompt_row, reads_clock, render, response_row, tokenize
 from store.errors import ModelError
+from store.fingerprint import canonical
 from store.model_ref import ModelRef
 from store.prompts import Message, Prompt
 from store.rows import Row
@@ -81,6 +84,50 @@ def test_template_variables_reach_the_template() -> None:
     tokenizer = tiny_tokenizer(CHAT_TEMPLATE + "{% if thinking is defined and not thinking %}<quiet>{% endif %}")
     assert render(prompt(), tokenizer, ref(chat_template_kwargs={"thinking": False})).endswith("<quiet>")
     assert not render(prompt(), tokenizer, ref()).endswith("<quiet>")
+
+
+CLOCK = "{{ bos_token }}<|system|>Today {{ strftime_now('%d %b %Y, %H:%M:%S %%') }}{{ eos_token }}"
+CLOCK_TEMPLATE = CLOCK + CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
+# As in Llama 3.2: a template variable states the date.
+DATE_STRING = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+
+
+def test_a_template_that_reads_the_clock_is_told_the_date_of_the_reference() -> None:
+    tokenizer = tiny_tokenizer(CLOCK_TEMPLATE)
+    text = "<s><|system|>Today 30 Nov 2026, 14:05:00 %</s><|user|>Hi</s><|assistant|>"
+    assert render(prompt(), tokenizer, ref(date="2026-11-30T14:05")) == text
+    assert "Today 29 Nov 2026, 00:00:00 %" in render(prompt(), tokenizer, ref(date="2026-11-29"))
+    assert str(datetime.now().year) in render(prompt(), tokenizer, ref())
+
+
+@pytest.mark.parametrize("start", ["\n  ", "  ", "", "{%- if true %}\n{%- endif %}\n"])
+def test_a_date_changes_nothing_else_of_what_a_template_renders(start: str) -> None:
+    inside = (
+        "{% macro today(f) %}{{ strftime_now(f) if strftime_now is defined }}{% endmacro %}{{ today('%Y' ~ '-%m') }}"
+    )
+    tokenizer = tiny_tokenizer(start + inside + CHAT_TEMPLATE)
+    now = datetime.now()
+    assert render(prompt(), tokenizer, ref(date=now.isoformat())) == render(prompt(), tokenizer, ref())
+    plain = tiny_tokenizer(start + CHAT_TEMPLATE)
+    assert render(prompt(), plain, ref(date="2026-11-30")) == render(prompt(), plain, ref())
+
+
+def test_whether_a_template_reads_the_clock_is_found_by_trying_it() -> None:
+    assert reads_clock(tiny_tokenizer(CLOCK_TEMPLATE), ref())
+    assert not reads_clock(tiny_tokenizer(), ref())
+    pinned = tiny_tokenizer(DATE_STRING + "{{ date_string }}" + CHAT_TEMPLATE)
+    assert reads_clock(pinned, ref())
+    assert not reads_clock(pinned, ref(chat_template_kwargs={"date_string": "26 Jul 2024"}))
+    only_default = "{% if messages[0].role != 'system' %}{{ strftime_now('%Y') }}{% endif %}" + CHAT_TEMPLATE
+    assert reads_clock(tiny_tokenizer(only_default), ref())
+
+
+def test_a_reference_without_a_date_is_recorded_as_before_there_was_one() -> None:
+    assert "date" not in canonical(ref())  # type: ignore[operator]
+    assert canonical(ref(date="2026-11-30"))["date"] == "2026-11-30"  # type: ignore[index]
+    assert ModelRef.model_validate(ref(date="2026-11-30").model_dump()) == ref(date="2026-11-30")
+    with pytest.raises(ValidationError, match="'yesterday' is not a date; write 2026-11-30"):
+        ref(date="yesterday")
 
 
 def test_a_template_that_refuses_the_system_role_says_so() -> None:

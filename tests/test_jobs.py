@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 from jobs.cli import main
 from jobs.context import Context
@@ -432,3 +433,41 @@ def test_every_number_leads_back_to_versions_and_inputs(project: Project, resid:
     commit = store.generations()[0].commit_record(0)
     assert commit.provenance["versions"]["torch"]
     assert not [found for found in ResultStore(Location.of(project.folder / "results")).verify() if found.is_damage]
+
+
+def test_a_template_that_reads_the_clock_is_told_the_moment_of_the_first_capture(
+    tmp_path: Path, tiny_folder: Path, resid: Resid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row used to be new on the next day: captured and generated again, unnoticed."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    template = "{{ bos_token }}<|system|>Today {{ strftime_now('%H:%M:%S.%f') }}" + CHAT_TEMPLATE
+    tiny_tokenizer(template.replace("}}{{ bos_token }}", "}}")).save_pretrained(model)
+
+    def change(study: dict[str, Any]) -> None:
+        study["capture"], study["directions"] = study["capture"][:1], {"refusal": study["directions"]["refusal"]}
+        del study["geometry"], study["replay"]["monitor"]
+        study["replay"]["conditions"] = {"baseline": {}}
+
+    project = Project(tmp_path, model)
+    study = project.write(change)
+    code, out, err = resid("plan", "--study", study)
+    assert code == 0, err
+    assert "the chat template reads the clock" in out
+    assert not (tmp_path / "store").exists()
+    code, out, err = resid("run", "--study", study, "--quiet")
+    assert code == 0, err
+    assert "the first capture, kept in the store" in out
+    for name in ("s", "other"):
+        code, out, err = resid("run", "--study", project.write(change, name=name), "--quiet")
+        assert code == 0, err
+        assert "capture: 0 rows" in out
+        assert "replay: 0 generations" in out
+
+    def stated(study: dict[str, Any]) -> None:
+        change(study)
+        study["model"]["date"] = "2026-11-30"
+
+    code, out, err = resid("plan", "--study", project.write(stated))
+    assert "it is told 2026-11-30 (from model.date" in out
+    assert "capture: 24 rows to capture" in out
