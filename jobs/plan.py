@@ -16,6 +16,7 @@ from jobs.score import unscored
 from jobs.stage import study_from
 from store.conditions import decoding_of, seeds_of
 from store.errors import MissingDataError
+from store.sizes import spell_bytes
 from store.study_expand import expand_conditions
 from store.study_traits import parse_trait_set
 
@@ -45,7 +46,7 @@ def plan_lines(context: Context) -> list[str]:
     inputs = CaptureInputs(context)
     work = context.store.preview(manifest(context)).work(inputs.requests, study.block_rows, study.compression)
     lines.append(
-        f"capture: {work.rows_to_capture} rows to capture ({_bytes(work.bytes_to_write)} new), "
+        f"capture: {work.rows_to_capture} rows to capture ({spell_bytes(work.bytes_to_write)} new), "
         f"{work.cached_rows} of {work.requested_rows} cached"
     )
     lines += [f"  waits: {line}" for line in inputs.waiting]
@@ -144,11 +145,3 @@ def _later_scores(plan: ReplayPlan, judge: StudyJudge) -> int:
     )
     wanted = [item.key for item in plan.wanted if sees(item.prompt_set)]
     return every - len(wanted) + len(set(wanted) - plan.done)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -36,6 +36,7 @@ ROW_LIMIT = 100  # rows that a table shows; other formats hold all
 CELL = 60  # characters of a cell in a table
 NARROW = 8  # characters; with less for each column of a terminal, rows are shown as records
 RECORD_LIMIT = 10
+STOPPED = "interrupted: the query was stopped; nothing was written"
 QUIT = (".quit", ".exit")
 _STRINGS_AND_COMMENTS = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
 
@@ -57,7 +58,7 @@ def run_sql(
         activations: the activation store, for the functions that read it.
 
     Returns:
-        The exit status: 1 if a statement from standard input failed.
+        The exit status: 1 if a statement from standard input failed, 130 if Ctrl-C stopped one.
 
     Raises:
         MissingDataError: if no result table is there at all.
@@ -68,6 +69,14 @@ def run_sql(
         raise MissingDataError(
             f"{results}: there are no results; make some with `resid run --study S` or name another place"
         )
+    try:
+        return _answered(results, sql, format, output, activations)
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
+
+
+def _answered(results: Location, sql: str | None, format: str, output: str | None, activations: Location | None) -> int:
     connection = connect(results, activations)
     try:
         if sql is not None:
@@ -317,7 +326,7 @@ def _prompt(connection: duckdb.DuckDBPyConnection, format: str) -> int:
                 try:
                     _run(connection, statement, format)
                 except KeyboardInterrupt:
-                    print("interrupted", file=sys.stderr)
+                    print(STOPPED, file=sys.stderr)
     finally:
         history()
 

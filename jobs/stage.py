@@ -59,7 +59,12 @@ def study_from(arguments: argparse.Namespace) -> Study:
 
 
 def run_stage(stage: str, context: Context, cluster: Cluster, progress: Progress) -> StageReport:
-    """Run one stage and return what it did."""
+    """Run one stage and return what it did.
+
+    Raises:
+        ResourceError: before any work, if results are on object storage that cannot be written or replaces objects.
+    """
+    context.results.location.require_first_wins()
     module = importlib.import_module(f"jobs.{stage}")
     context.forget_answers()
     report = module.run(context, cluster, progress)
@@ -130,7 +135,7 @@ def guarded(action: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished blocks are kept; run the same command to go on", file=sys.stderr)
+        print("interrupted: whatever was finished is kept; run the same command to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing is left to say

@@ -21,6 +21,7 @@ from store.finding import CAPTURE
 from store.generation import RECORDS
 from store.inventory import Model, inventory
 from store.layers import spell_ranges
+from store.sizes import spell_bytes
 from store.study_file import load_study
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -107,7 +108,7 @@ def _ls(store: ActivationStore, arguments: argparse.Namespace) -> int:
         imported = "imported, " if model.imported else ""
         console.print(
             f"{escape(model.source)}  {model.fingerprint[:16]}  {imported}{model.dtype}, {layers}"
-            f"d_model {model.d_model}: {_bytes(size)}",
+            f"d_model {model.d_model}: {spell_bytes(size)}",
             highlight=False,
         )
         console.print(_captures(model))
@@ -132,7 +133,7 @@ def _captures(model: Model) -> Table:
             dtype,
             _part(capture.committed_rows, capture.rows),
             f"{capture.blocks - capture.committed_blocks:,}",
-            _bytes(capture.nbytes),
+            spell_bytes(capture.nbytes),
         )
     return table
 
@@ -159,14 +160,6 @@ def _prompt_sets(model: Model) -> Table:
 
 def _part(some: int, every: int) -> str:
     return f"{some:,}" if some == every else f"{some:,} of {every:,}"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 # -- verify ----------------------------------------------------------------------------------------------------------
@@ -204,15 +197,16 @@ def _gc(store: ActivationStore, arguments: argparse.Namespace) -> int:
     garbage = find_garbage(store, arguments.min_age)
     left: list[Garbage] = []
     if arguments.delete:
+        store.location.require_first_wins()
         garbage, left = remove_garbage(garbage)
     for item in garbage:
         if item.kind != "lock":
-            print(f"{item.place}  {_bytes(item.size)}  {item.why}")
+            print(f"{item.place}  {spell_bytes(item.size)}  {item.why}")
     # One for each block that was ever made: of them the number says enough.
     count = sum(item.kind == "lock" for item in garbage)
     if count:
         print(f"{count:,} lock files of committed blocks, empty")
-    size = _bytes(sum(item.size for item in garbage))
+    size = spell_bytes(sum(item.size for item in garbage))
     if left:
         print(f"{len(left)} files were left: somebody is writing them, or has committed them since")
     if arguments.delete:

@@ -173,7 +173,12 @@ class ActivationStore:
         return self.model(manifest["fingerprint"]) if (store.location / "model.json").exists() else store
 
     def add_model(self, manifest: dict[str, Any]) -> ModelStore:
-        """Register a model (keys: fingerprint, dtype, n_layers, d_model, ...); the first manifest of a model stays."""
+        """Register a model (keys: fingerprint, dtype, n_layers, d_model, ...); the first manifest of a model stays.
+
+        Raises:
+            ResourceError: if the store cannot be written, or is on object storage that ignores conditional puts.
+        """
+        self.location.require_first_wins()
         self.location.make_folder()
         (self.location / "resid.json").create(json.dumps({"format_version": FORMAT_VERSION}).encode())
         store = ModelStore(self.location / short(manifest["fingerprint"]))

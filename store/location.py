@@ -48,7 +48,8 @@ class Location:
     AWS_DEFAULT_REGION; and AWS_ENDPOINT_URL for a server of one's own. Whatever else fsspec's file system takes is set
     in ~/.config/fsspec/*.json or in the environment, for example more patience with a slow server:
     ``FSSPEC_S3='{"config_kwargs": {"read_timeout": 60}}'``, or ``FSSPEC_S3='{"fixed_upload_size": true}'`` for R2.
-    The store must honour ``If-None-Match: *`` on puts, as these do; `require_writable` finds out.
+    The store must honour ``If-None-Match: *`` on puts, as these do; whoever writes finds out before it works
+    (`require_first_wins`).
 
     All operations raise ResourceError for what the disk, the network or the server refuses, and FileNotFoundError if
     the file is not there.
@@ -283,6 +284,21 @@ class Location:
                 f"{self.url}: this object store replaces objects although asked not to (If-None-Match: *), so two "
                 "writers could both believe that a block is theirs\n  remedy: update the server, or name another place"
             )
+
+    def require_first_wins(self) -> None:
+        """Call `require_writable` on object storage, once per process and place; local folders need no such proof.
+
+        Every writer that relies on `create` calls this before it begins work.
+
+        Raises:
+            ResourceError: if nothing can be written here, or the server replaces objects although asked not to.
+        """
+        if not self.is_local and self.url not in _PROVED:
+            self.require_writable()
+            _PROVED.add(self.url)
+
+
+_PROVED: set[str] = set()  # places of which this process knows that the first put wins
 
 
 def _modified(info: dict[str, Any]) -> float:

@@ -14,10 +14,13 @@ import difflib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
+from threading import Thread
+from time import monotonic
 from typing import Any
 
 import duckdb
@@ -32,6 +35,7 @@ from store.sql_activations import add_functions
 from store.sql_verdicts import VERDICTS
 
 REMOTE = "resid-results"  # protocol under which DuckDB sees results that are not on local disk
+STOPS_WITHIN = 1.0  # seconds that a statement has to stop after Ctrl-C
 Z95 = NormalDist().inv_cdf(0.975)
 
 VIEWS: dict[str, str] = {
@@ -233,14 +237,43 @@ def connect(results: Location, activations: Location | None = None) -> duckdb.Du
 def query(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()) -> pa.Table:
     """Run one reading statement on a connection from `connect`; each ``?`` takes the next of ``parameters``.
 
+    Ctrl-C stops it within a second: it runs in a thread, because DuckDB may not look at signals while it works.
+
     Raises:
+        KeyboardInterrupt: after Ctrl-C, when the statement has stopped.
         QueryError: if it is not exactly one statement, could write anything, or fails; with DuckDB's message.
     """
     try:
-        statement = _reading_statement(connection, sql)
-        return connection.sql(statement, params=list(parameters) or None).to_arrow_table()
+        return _interruptible(connection, lambda: _answer(connection, sql, parameters))
     except duckdb.Error as error:
         raise QueryError(_message(error) + _hint(error)) from error
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object]) -> pa.Table:
+    statement = _reading_statement(connection, sql)
+    return connection.sql(statement, params=list(parameters) or None).to_arrow_table()
+
+
+def _interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
+    """Do work on a connection in a thread; on Ctrl-C interrupt it, wait until it ends (at most a second), and raise."""
+    outcome: Future[pa.Table] = Future()
+
+    def act() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=act, daemon=True).start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        deadline = monotonic() + STOPS_WITHIN
+        # Again and again: an interrupt between the steps of a statement is lost.
+        while not outcome.done() and monotonic() < deadline:
+            connection.interrupt()
+            wait([outcome], timeout=0.02)
+        raise
 
 
 def split(connection: duckdb.DuckDBPyConnection, sql: str) -> list[str]:

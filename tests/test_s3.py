@@ -420,6 +420,25 @@ def test_a_server_that_ignores_the_condition_is_found_out(
     assert sorted(file.name for file in place.walk()) == ["a", "b"]
 
 
+def test_every_writer_finds_out_before_it_works_and_only_once(
+    place: Location, faulty: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty.use(monkeypatch, **PATIENT)
+    monkeypatch.setattr("store.location._PROVED", set())
+    probes: list[str] = []
+    require = Location.require_writable
+    monkeypatch.setattr(Location, "require_writable", lambda self: (probes.append(self.url), require(self))[1])
+    manifest = {"fingerprint": "f" * 64, "dtype": "float32", "n_layers": 2, "d_model": 4}
+    faulty.always = Fault("no_condition")
+    with pytest.raises(ResourceError, match="If-None-Match"):
+        ActivationStore(place / "store").add_model(manifest)
+    assert not list((place / "store").walk())
+    faulty.always = None
+    for _ in range(2):
+        ActivationStore(place / "store").add_model(manifest)
+    assert probes == [(place / "store").url] * 2  # once refused, once proved
+
+
 # -- settings ------------------------------------------------------------------------------------------------------
 
 
