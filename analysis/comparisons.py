@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import hypergeom
 
 from analysis.statistics import Interval, mcnemar, wilson_interval
 
@@ -55,16 +55,18 @@ class Compared:
     difference: Interval
     only_first: int  # prompts with a larger share in the first
     only_second: int
-    test: str  # mcnemar, or sign_flip where a prompt has several texts
+    test: str  # mcnemar; sign_flip or within_prompt where a prompt has several texts
     p_exact: float  # two-sided
-    p_corrected: float | None  # McNemar's chi-square with continuity correction; None for sign_flip
+    p_corrected: float | None  # McNemar's chi-square with continuity correction; None for the others
 
 
 def compare(first: Counts, second: Counts) -> Compared:
     """Compare the same prompts, in the same order, under two conditions.
 
-    With one text each the test is McNemar's. Else it is the sign-flip test of the mean difference of shares, which is
-    the same test there: under the null hypothesis a prompt's difference is as likely to have the other sign.
+    With one text each the test is McNemar's. With as many texts on both sides it is the sign-flip test of the mean
+    difference of shares, the same test there: under the null hypothesis a prompt's two sides are exchanged as a whole.
+    With unequal numbers the difference of a prompt is not symmetric and flipping its sign is not exact; the texts of a
+    prompt are exchanged instead (`within_prompt`), as if each came from either side alike.
 
     Raises:
         ValueError: if the numbers of prompts differ.
@@ -75,14 +77,20 @@ def compare(first: Counts, second: Counts) -> Compared:
     differences = [a * second.repeats - b * first.repeats for a, b in zip(first.hits, second.hits, strict=True)]
     single = first.repeats == second.repeats == 1
     test = mcnemar(first.shares > 0, second.shares > 0) if single else None
+    if test is not None:
+        name, p_exact = "mcnemar", test.p_exact
+    elif first.repeats == second.repeats:
+        name, p_exact = "sign_flip", sign_flip(differences)
+    else:
+        name, p_exact = "within_prompt", within_prompt(first, second)
     return Compared(
         first=first.interval,
         second=second.interval,
         difference=paired_difference(first.shares, second.shares),
         only_first=sum(difference > 0 for difference in differences),
         only_second=sum(difference < 0 for difference in differences),
-        test="sign_flip" if test is None else "mcnemar",
-        p_exact=sign_flip(differences) if test is None else test.p_exact,
+        test=name,
+        p_exact=p_exact,
         p_corrected=None if test is None else test.p_corrected,
     )
 
@@ -93,16 +101,9 @@ def share_interval(rate: float, n: int, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: unless ``0 <= rate <= 1`` and ``n >= 1``.
     """
-    whole = round(rate * n)
-    if math.isclose(rate * n, whole, abs_tol=1e-9):
-        return wilson_interval(whole, n, confidence)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"a rate is between 0 and 1, got {rate}")
-    # The bounds are the solutions p of (p - rate)^2 = z^2 p (1 - p) / n.
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n * n)) / (1 + z**2 / n)
-    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half), n, confidence)
+    total = rate * n
+    whole = round(total)
+    return wilson_interval(whole if math.isclose(total, whole, abs_tol=1e-9) else total, n, confidence)
 
 
 def paired_difference(
@@ -156,3 +157,24 @@ def sign_flip(differences: Sequence[int]) -> float:
         chances = shifted
     sums = np.arange(-total, total + 1)
     return min(1.0, float(chances[np.abs(sums) >= observed].sum()))
+
+
+def within_prompt(first: Counts, second: Counts) -> float:
+    """Return the exact two-sided p-value where the texts of each prompt are exchanged between the two sides.
+
+    Given how many of a prompt's texts have the outcome, the number among the first side's is hypergeometric; the sums
+    over prompts are convolved, and p is the chance of a sum at least as far from its mean: the exact conditional test
+    of Cochran, Mantel and Haenszel (Birch 1964). With one text a side it is McNemar's exact test. Exact if a prompt's
+    texts are exchangeable under the null hypothesis, apart from those of other prompts: so for sampling seeds, and not
+    for a pool of directions that differ from each other; those are ranked (`analysis.statistics.rank_test`).
+    """
+    n = first.repeats + second.repeats
+    totals = np.asarray(first.hits) + np.asarray(second.hits)
+    chances = np.ones(1)  # of the first side's sum, from 0
+    for total, times in zip(*np.unique(totals, return_counts=True), strict=True):
+        of_prompt = hypergeom.pmf(np.arange(first.repeats + 1), n, total, first.repeats)
+        for _ in range(times):
+            chances = np.convolve(chances, of_prompt)
+    centre = first.repeats * int(totals.sum())
+    far = np.abs(n * np.arange(len(chances)) - centre)
+    return min(1.0, float(chances[far >= abs(n * sum(first.hits) - centre)].sum()))

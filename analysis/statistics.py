@@ -9,6 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import false_discovery_control
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class McNemar:
     p_corrected: float
 
 
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(k: float, n: int, confidence: float = 0.95) -> Interval:
     """Return the Wilson score interval of ``k`` successes in ``n`` independent trials (Wilson 1927).
+
+    ``k`` may be a sum of shares, one per trial: shares vary less than yes or no does, so the interval is wide enough.
 
     Raises:
         ValueError: unless ``0 <= k <= n``, ``n >= 1`` and ``0 < confidence < 1``.
@@ -98,6 +101,33 @@ def holm(p_values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted
+
+
+def benjamini_hochberg(p_values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return p-values adjusted for the false discovery rate (Benjamini and Hochberg 1995), in the order given.
+
+    Raises:
+        ValueError: if one is not in [0, 1].
+    """
+    adjusted: npt.NDArray[np.float64] = false_discovery_control(np.asarray(p_values, dtype=np.float64))
+    return adjusted
+
+
+def rank_test(effect: float, among: Sequence[float] | npt.ArrayLike) -> tuple[int, float]:
+    """Rank an effect among those of controls drawn at random: return b, and p = (1 + b) / (1 + m).
+
+    b of the m controls have an effect at least as far from 0; equal ones count as farther. The test is exact if
+    effect and controls are exchangeable under the null hypothesis, whatever their spread (Phipson and Smyth 2010). No
+    number of prompts makes p smaller than 1 / (1 + m): the controls are the sample.
+
+    Raises:
+        ValueError: if there are no controls.
+    """
+    controls = np.abs(np.asarray(among, dtype=np.float64))
+    if controls.ndim != 1 or controls.size == 0:
+        raise ValueError(f"an effect is ranked among at least one control, got the shape {controls.shape}")
+    as_far = int(np.sum(controls >= abs(effect) - 1e-9))
+    return as_far, (1 + as_far) / (1 + controls.size)
 
 
 def bootstrap_mean_interval(

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.comparisons import Counts, compare
-from analysis.statistics import holm
+from analysis.statistics import benjamini_hochberg, holm, rank_test
 from jobs.context import Context, StageReport, table_of
 from jobs.outcomes import Outcomes
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
 from store.sql import connect
-from store.study_checks import Side, pairs
+from store.study_checks import Side, controls_of, pairs
 from store.study_expand import expand_conditions
 from store.study_select import Comparison
 
@@ -35,6 +35,7 @@ class Planned:
     first: Side
     second: Side
     prompt_set: str
+    among: tuple[str, ...] = ()  # the random conditions that the effect is ranked among
 
 
 def planned(context: Context) -> list[Planned]:
@@ -42,7 +43,7 @@ def planned(context: Context) -> list[Planned]:
     study = context.study
     conditions = expand_conditions(study.replay) if study.replay else []
     return [
-        Planned(name, spec, first, second, prompts)
+        Planned(name, spec, first, second, prompts, controls_of(spec, first, conditions))
         for name, spec in study.comparisons.items()
         for prompts in spec.prompts
         for first, second in pairs(spec, conditions)
@@ -70,9 +71,11 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
             records.append({**record, "model": model, "judge_version": outcomes.judges[judge]})
     for (family, judge), size in families.items():
         members = [record for record in records if (record["family"], record["judge"]) == (family, judge)]
-        adjusted = holm([record["p_exact"] for record in members]) if len(members) == size else [None] * len(members)
-        for record, value in zip(members, adjusted, strict=True):
-            record.update(n_family=size, p_holm=None if value is None else float(value))
+        reported = [record["p_reported"] for record in members]
+        whole = len(members) == size
+        by_holm, by_bh = ([*f(reported)] if whole else [None] * len(members) for f in (holm, benjamini_hochberg))
+        for record, p_holm, p_bh in zip(members, by_holm, by_bh, strict=True):
+            record.update(n_family=size, p_holm=p_holm, p_bh=p_bh)
     table = table_of("comparisons", records)
     if before.equals(table):
         report.cached = len(records)
@@ -100,19 +103,25 @@ def _record(context: Context, item: Planned, judge: str, outcomes: Outcomes, tex
     """Return one comparison as a record, or what it waits for."""
     asked = [prompt.id for prompt in context.prompt_sets[item.prompt_set].prompts]
     sides = []
-    for side in (item.first, item.second):
+    for side in (item.first, item.second, *(Side(name, (name,), {}) for name in item.among)):
         absent = [name for name in side.members if (name, item.prompt_set) not in texts]
         if absent:
             return f"condition {absent[0]!r} is not replayed on {item.prompt_set!r} yet"
         sides.append({prompt: _hits(item, side, prompt, judge, outcomes, texts) for prompt in asked})
-    both = [prompt for prompt in asked if sides[0][prompt] is not None and sides[1][prompt] is not None]
+    both = [prompt for prompt in asked if all(side[prompt] is not None for side in sides)]
     if not both:
         return f"no text of {item.first.name!r} and {item.second.name!r} on {item.prompt_set!r} is scored yet"
     counts = []
     for found in sides:
         hits = [value for prompt in both if (value := found[prompt]) is not None]
         counts.append(Counts([sum(value) for value in hits], len(hits[0])))
-    result = compare(*counts)
+    result = compare(*counts[:2])
+    ranked: dict[str, Any] = {"reported": "paired", "p_reported": result.p_exact}
+    if item.among:
+        first, second, *controls = (float(side.shares.mean()) for side in counts)
+        as_far, p_rank = rank_test(first - second, [control - second for control in controls])
+        ranked = {"reported": "rank", "p_reported": p_rank, "p_rank": p_rank, "n_as_far": as_far}
+        ranked |= {"among": item.spec.among, "n_among": len(controls)}
     record: dict[str, Any] = {
         "study": context.study.name,
         "comparison": item.name,
@@ -135,6 +144,7 @@ def _record(context: Context, item: Planned, judge: str, outcomes: Outcomes, tex
         "test": result.test,
         "p_exact": result.p_exact,
         "p_corrected": result.p_corrected,
+        **ranked,
     }
     for key, interval in (("first", result.first), ("second", result.second)):
         record |= {f"{key}_rate": interval.estimate, f"{key}_low": interval.low, f"{key}_high": interval.high}

@@ -28,7 +28,8 @@ OVERVIEW = "overview"
 MOST_ROWS = 60  # of a query's table
 _COMPARISONS = """
 SELECT comparison, first, second, prompt_set, outcome, n_pairs, n_left_out, first_rate, first_low, first_high,
-    second_rate, second_low, second_high, difference, low, high, test, p_exact, p_holm, n_family
+    second_rate, second_low, second_high, difference, low, high, test, p_exact, p_rank, n_among, n_as_far, reported,
+    p_reported, p_holm, p_bh, n_family
 FROM comparisons WHERE study = $study AND comparison IN ($names)
 """
 _CHOICES = """
@@ -197,15 +198,19 @@ def _claim(connection: duckdb.DuckDBPyConnection, context: Context, name: str, c
             "first rate",
             "second rate",
             "difference",
-            "p",
-            "p (Holm)",
+            "paired p (test)",
+            "rank p",
+            "reported p, Holm",
+            "BH",
         ]
         lines += _table(head, [_cells(row) for row in rows]) if rows else ["(No comparison is made yet.)"]
         left = sum(row["n_left_out"] for row in rows)
         lines += [
             "",
-            "Brackets: 95% intervals (Wilson; of the paired difference Newcombe's)."
-            + f" {left} pairs left out." * bool(left),
+            "Brackets: 95% intervals (Wilson; of the paired difference Newcombe's). Holm and BH (Benjamini and "
+            "Hochberg) correct, within the family, the rank's p where there is one and else the paired test's."
+            + f" {left} pairs left out."
+            * bool(left),
         ]
     if claim.query is not None:
         records = _ask(connection, context, claim.query, f"claims.{name}.query")
@@ -226,9 +231,10 @@ def _cells(row: dict[str, Any]) -> list[object]:
         for s in ("first", "second")
     ]
     difference = f"{100 * row['difference']:+.0f} [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}] points"
-    corrected = "-" if row["p_holm"] is None else _p(row["p_holm"])
+    rank = "-" if row["p_rank"] is None else f"{_p(row['p_rank'])} ({row['n_as_far']} of {row['n_among']} as far)"
+    corrected = ["-" if row[key] is None else _p(row[key]) for key in ("p_holm", "p_bh")]
     names = [row["first"], row["second"], row["prompt_set"], row["outcome"], row["n_pairs"]]
-    return [*names, *rates, difference, _p(row["p_exact"]), corrected]
+    return [*names, *rates, difference, f"{_p(row['p_exact'])} ({row['test']})", rank, *corrected]
 
 
 def _p(value: float) -> str:

@@ -209,16 +209,21 @@ class ResultStore:
             source = str(file.path) if file.is_local else io.BytesIO(file.read_bytes())
             with pq.ParquetFile(source) as opened:
                 stored = opened.schema_arrow
-            check_schema(table, stored.empty_table(), str(file))
+            check_schema(table, stored.empty_table(), str(file), older=True)
             if not isinstance(source, str):
                 source.seek(0)
+            there = [name for name in columns if name in stored.names]
             data = pq.read_table(
-                source, columns=columns, filters=filters, partitioning=None, page_checksum_verification=True
+                source, columns=there, filters=filters, partitioning=None, page_checksum_verification=True
             )
         except (OSError, pa.ArrowInvalid) as error:
             raise DamageError(
                 f"{file}: this committed file cannot be read ({error}); `resid verify` lists all damage"
             ) from error
+        for name in columns:  # a column that an earlier version did not write
+            if name not in stored.names:
+                field = schema_of(table).field(name)
+                data = data.append_column(field, pa.nulls(len(data), field.type))
         return data.select(columns)
 
     def _verify_table(self, table: str, deep: bool) -> list[Damage]:

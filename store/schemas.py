@@ -74,9 +74,16 @@ TABLES: dict[str, pa.Schema] = {
         ("norm", FLOAT64),  # raw norm of the vector as the method gave it
         ("n_positive", INT64),
         ("n_negative", INT64),
-        ("split_half_cosine", FLOAT64),
+        ("split_half_cosine", FLOAT64),  # median over `splits` random splits (null splits: of one split)
+        ("split_half_low", FLOAT64),  # 95% of the splits lie between low and high
+        ("split_half_high", FLOAT64),
+        ("splits", INT64),
+        ("warning", TEXT),  # few rows, or halves that hardly agree
         ("provenance", TEXT),  # JSON
-        nullable=("n_positive", "n_negative", "split_half_cosine", "provenance"),
+        nullable=(
+            *("n_positive", "n_negative", "split_half_cosine", "split_half_low", "split_half_high", "splits"),
+            *("warning", "provenance"),
+        ),
     ),
     "cosines": _schema(
         ("study", TEXT),
@@ -147,10 +154,17 @@ TABLES: dict[str, pa.Schema] = {
         ("q025", FLOAT64),  # quantiles of the null's cosines
         ("q500", FLOAT64),
         ("q975", FLOAT64),
-        ("p_value", FLOAT64),  # two-sided
+        ("p_value", FLOAT64),  # two-sided; null where no permutation is exact, and `note` says why
         ("p_holm", FLOAT64),  # adjusted for the pairs of the layer
+        ("p_bh", FLOAT64),  # the same by Benjamini and Hochberg: false discovery rate
+        ("low", FLOAT64),  # 95% bootstrap interval of the cosine, units resampled (permuted_labels only)
+        ("high", FLOAT64),
+        ("level", TEXT),  # what is exchanged: row | group
+        ("permuted", TEXT),  # JSON: the directions whose labels were permuted; of others the vector is fixed
+        ("note", TEXT),
         ("draws", INT64),
         ("seed", INT64),
+        nullable=("q025", "q500", "q975", "p_value", "p_holm", "p_bh", "low", "high", "level", "permuted", "note"),
     ),
     "separability": _schema(
         ("block_key", TEXT),
@@ -262,9 +276,11 @@ TABLES: dict[str, pa.Schema] = {
         ("prompt_sets", TEXT),  # JSON
         ("n_prompts", INT64),  # distinct prompts of the deciding rate
         ("against_rate", FLOAT64),  # rate under the condition that candidates are compared with
+        ("against_low", FLOAT64),  # 95% Wilson interval, the prompts being the units
+        ("against_high", FLOAT64),
         ("judges", TEXT),  # JSON: name -> version
         ("used_by", TEXT),  # JSON: conditions that refer to it
-        nullable=("condition", "against_rate"),
+        nullable=("condition", "against_rate", "against_low", "against_high"),
     ),
     "choice_candidates": _schema(
         ("study", TEXT),
@@ -275,10 +291,16 @@ TABLES: dict[str, pa.Schema] = {
         ("variables", TEXT),  # JSON
         ("outcome", TEXT),
         ("rate", FLOAT64),  # mean over prompts of the share of their texts with the outcome
+        ("low", FLOAT64),  # 95% Wilson interval of the rate, the prompts being the units
+        ("high", FLOAT64),
         ("change", FLOAT64),  # rate minus the rate under `against`
+        ("change_low", FLOAT64),  # 95% interval for paired rates (Newcombe 1998, method 10)
+        ("change_high", FLOAT64),
         ("faults", TEXT),  # JSON: why it could not be chosen; [] where it could
         ("rank", INT64),
         ("is_chosen", pa.bool_()),
+        ("is_tied", pa.bool_()),  # passes, with the winner's rate (the winner included)
+        nullable=("low", "high", "change_low", "change_high", "is_tied"),
     ),
     # Conditions compared prompt by prompt.
     "comparisons": _schema(
@@ -308,12 +330,19 @@ TABLES: dict[str, pa.Schema] = {
         ("high", FLOAT64),
         ("only_first", INT64),  # prompts where the outcome is more frequent in the first
         ("only_second", INT64),
-        ("test", TEXT),  # mcnemar | sign_flip (several texts per prompt)
-        ("p_exact", FLOAT64),
+        ("test", TEXT),  # the paired test: mcnemar | sign_flip (as many texts on both sides) | within_prompt (unequal)
+        ("p_exact", FLOAT64),  # of the paired test
         ("p_corrected", FLOAT64),  # McNemar with continuity correction
-        ("p_holm", FLOAT64),  # p_exact corrected for the family; null until all of the family is there
+        ("among", TEXT),  # the random conditions that the effect is ranked among
+        ("n_among", INT64),  # how many they are
+        ("n_as_far", INT64),  # of them, how many are at least as far from `second` as `first` is
+        ("p_rank", FLOAT64),  # (1 + n_as_far) / (1 + n_among)
+        ("reported", TEXT),  # which test is reported: rank where `among` is given, else paired
+        ("p_reported", FLOAT64),  # p_rank or p_exact
+        ("p_holm", FLOAT64),  # p_reported corrected for the family (Holm); null until all of the family is there
+        ("p_bh", FLOAT64),  # the same by Benjamini and Hochberg: false discovery rate
         ("n_family", INT64),
-        nullable=("p_corrected", "p_holm"),
+        nullable=("p_corrected", "among", "n_among", "n_as_far", "p_rank", "reported", "p_reported", "p_holm", "p_bh"),
     ),
     "scores": _schema(
         ("generation_key", TEXT),
@@ -340,22 +369,23 @@ def schema_of(table: str) -> pa.Schema:
         raise ValueError(f"there is no result table {table!r}; known: {', '.join(TABLES)}") from None
 
 
-def check_schema(table: str, data: pa.Table, where: str) -> None:
+def check_schema(table: str, data: pa.Table, where: str, *, older: bool = False) -> None:
     """Accept ``data`` only if its columns are exactly the table's: names, order, types and no null where one is needed.
+
+    With ``older``, columns that may be null may be missing: a file of an earlier version; its reader fills in nulls.
 
     Raises:
         MismatchError: naming the first column that differs.
     """
     expected = schema_of(table)
-    if data.column_names != expected.names:
-        missing = [name for name in expected.names if name not in data.column_names]
+    wanted = [f.name for f in expected if not (older and f.nullable and f.name not in data.column_names)]
+    if data.column_names != wanted:
+        missing = [name for name in wanted if name not in data.column_names]
         extra = [name for name in data.column_names if name not in expected.names]
-        what = (
-            f"missing {missing}, unknown {extra}" if missing or extra else f"they must be in the order {expected.names}"
-        )
+        what = f"missing {missing}, unknown {extra}" if missing or extra else f"they must be in the order {wanted}"
         raise MismatchError(f"{where}: the columns are not those of table {table}: {what}")
-    for field in expected:
-        column = data.column(field.name)
+    for name in wanted:
+        field, column = expected.field(name), data.column(name)
         if column.type != field.type:
             raise MismatchError(
                 f"{where}: column {field.name} of table {table} is {column.type} and must be {field.type}; "

@@ -326,8 +326,8 @@ def _select_files(table: str, files: list[Location]) -> str:
     paths = [str(file) if file.is_local else f"{REMOTE}://{table}/{file.name}" for file in files]
     # A folder named a=b above the results must not turn into a column.
     source = f"read_parquet([{', '.join(map(_quoted, paths))}], union_by_name = true, hive_partitioning = false)"
-    columns = ", ".join(f'"{name}"' for name in schema.names)
-    return f"SELECT {columns} FROM {source}"
+    # Files of an earlier version may lack columns: an empty relation names them all.
+    return f"{_select_files(table, [])} UNION ALL BY NAME SELECT * FROM {source}"
 
 
 def _sql_type(kind: pa.DataType) -> str:

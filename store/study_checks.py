@@ -15,6 +15,8 @@ from store.study_expand import BadConditionError, Expanded, expand, expand_condi
 from store.study_select import Comparison, Selection
 from store.yaml_file import KeyPath, dotted, nearest, place_of
 
+FEWEST_CONTROLS = 20  # random conditions that an effect is ranked among
+
 
 class Complaints:
     """How a study is found wrong: every complaint carries file, line and key path."""
@@ -154,7 +156,8 @@ def check_comparisons(complaints: Complaints, replayed: Mapping[str, list[str]])
         except ValueError as error:
             complaints.fail(str(error), path, "name a single condition, or add the variable to `pool`")
         for first, second in found:
-            for condition in (*first.members, *second.members):
+            controls = _controls(complaints, comparison, first, conditions, (*path, "among"))
+            for condition in (*first.members, *second.members, *controls):
                 for prompts in comparison.prompts:
                     _replays(complaints, condition, prompts, replayed, (*path, "prompts"))
 
@@ -168,6 +171,41 @@ def check_claims(complaints: Complaints) -> None:
     for name, claim in complaints.study.claims.items():
         for comparison in claim.comparisons or []:
             complaints.known("comparison", comparison, complaints.study.comparisons, ("claims", name, "comparisons"))
+
+
+def _controls(
+    complaints: Complaints, comparison: Comparison, first: Side, conditions: list[Expanded], path: KeyPath
+) -> tuple[str, ...]:
+    if comparison.among is None:
+        return ()
+    assert complaints.study.replay is not None
+    complaints.known("condition", comparison.among, complaints.study.replay.conditions, path)
+    controls = controls_of(comparison, first, conditions)
+    if len(first.members) > 1:
+        complaints.fail(
+            f"{first.name!r} pools {len(first.members)} conditions; a mean of several is not ranked among single ones",
+            path,
+            "name one condition as `first`, or leave its variable out of `pool`",
+        )
+    if set(controls) & set(first.members):
+        complaints.fail(f"{first.name!r} is ranked among itself", path, "name other conditions")
+    if len(controls) < FEWEST_CONTROLS:
+        complaints.fail(
+            f"{first.name!r} is ranked among {len(controls)} conditions: p cannot be below 1/{len(controls) + 1}",
+            path,
+            f"give {comparison.among!r} at least {FEWEST_CONTROLS} seeds under `each`",
+        )
+    return controls
+
+
+def controls_of(comparison: Comparison, first: Side, conditions: Iterable[Expanded]) -> tuple[str, ...]:
+    """Return the conditions of `among` that agree with the first side in the variables that both have."""
+    return tuple(
+        item.name
+        for item in conditions
+        if comparison.among in (item.base, item.name)
+        and all(first.variables.get(key, value) == value for key, value in item.variables.items())
+    )
 
 
 class Side(typing.NamedTuple):

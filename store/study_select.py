@@ -74,7 +74,10 @@ class Comparison(Strict):
 
     A name before its sweep or `each` stands for all of it: one comparison per combination of variables, those of
     `pool` left out, whose conditions count as repetitions of a prompt. `second` is the one that agrees with `first` in
-    the variables that both have. All comparisons of a family are corrected together (Holm).
+    the variables that both have. All comparisons of a family are corrected together (Holm, Benjamini and Hochberg).
+
+    `among` names random conditions, at least 20: how far `first` is from `second` is then ranked among how far each of
+    them is, and that rank's p-value is reported and corrected instead of the paired test's.
     """
 
     first: OneOrMore
@@ -83,6 +86,7 @@ class Comparison(Strict):
     outcome: Outcome = "refusal"
     family: Name = "main"
     pool: list[str] = ["seed"]
+    among: str | None = Field(default=None, description="random conditions that the effect is ranked among")
     judge: str | None = Field(default=None, description="of refusals, where the study has several")
 
 

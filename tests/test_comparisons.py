@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_choices import run
 from test_jobs import Project, tiny_folder  # noqa: F401 (a fixture)
 
-from analysis.comparisons import Counts, compare, paired_difference, share_interval, sign_flip
-from analysis.statistics import holm, mcnemar, wilson_interval
+from analysis.comparisons import Counts, compare, paired_difference, share_interval, sign_flip, within_prompt
+from analysis.statistics import benjamini_hochberg, holm, mcnemar, rank_test, wilson_interval
 from store.errors import StudyError
 from store.location import Location
 from store.results import ResultStore
@@ -45,6 +45,38 @@ def test_the_sign_flip_test_counts_every_flip(differences: list[int]) -> None:
         for signs in product((-1, 1), repeat=len(differences))
     ]
     assert sign_flip(differences) == pytest.approx(np.mean([value >= observed for value in sums]))
+
+
+@given(pairs_of_bits)
+def test_exchanging_single_texts_within_prompts_is_mcnemars_test(rows: list[tuple[int, int]]) -> None:
+    first, second = (Counts([row[i] for row in rows], 1) for i in (0, 1))
+    assert within_prompt(first, second) == pytest.approx(mcnemar(first.shares > 0, second.shares > 0).p_exact)
+
+
+def test_exchanging_texts_within_prompts_counts_every_exchange() -> None:
+    """One text against three, on three prompts: 4^3 ways to say which text is the first side's."""
+    texts = [[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]]  # of each prompt: the first side's, then the second's
+    first, second = Counts([row[0] for row in texts], 1), Counts([sum(row[1:]) for row in texts], 3)
+    observed = abs(sum(row[0] - sum(row[1:]) / 3 for row in texts))
+    sums = [
+        abs(sum(row[i] - (sum(row) - row[i]) / 3 for row, i in zip(texts, chosen, strict=True)))
+        for chosen in product(range(4), repeat=3)
+    ]
+    assert within_prompt(first, second) == pytest.approx(np.mean([value >= observed - 1e-9 for value in sums]))
+
+
+def test_the_rank_test_counts_ties_against_the_effect() -> None:
+    assert rank_test(0.5, [0.1] * 20) == (0, 1 / 21)
+    assert rank_test(-0.5, [0.1] * 18 + [0.5, -0.6]) == (2, 3 / 21)
+    assert rank_test(0.0, [0.0] * 20) == (20, 1.0)
+    with pytest.raises(ValueError, match="at least one control"):
+        rank_test(0.5, [])
+
+
+def test_benjamini_and_hochberg_are_never_above_holm() -> None:
+    p = [0.01, 0.04, 0.03, 0.5]
+    assert benjamini_hochberg(p) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
+    assert (benjamini_hochberg(p) <= holm(p) + 1e-12).all()
 
 
 def newcombe(e: int, f: int, g: int, h: int) -> tuple[float, float, float]:
@@ -185,8 +217,8 @@ def test_a_study_makes_its_comparisons_and_counts_what_is_missing(
     rows = project.ask("SELECT * FROM comparisons ORDER BY comparison, prompt_set")
     assert [(row["comparison"], row["second"], row["second_repeats"], row["test"]) for row in rows] == [
         ("away", "baseline", 1, "mcnemar"),
-        ("control", "random", 2, "sign_flip"),
-        ("control", "random", 2, "sign_flip"),
+        ("control", "random", 2, "within_prompt"),
+        ("control", "random", 2, "within_prompt"),
     ]
     assert [row["p_holm"] for row in rows] == pytest.approx(holm([row["p_exact"] for row in rows]).tolist())
     assert {(row["n_prompts"], row["n_pairs"], row["n_left_out"], row["n_family"]) for row in rows} == {(4, 4, 0, 3)}
@@ -216,6 +248,51 @@ def test_a_study_makes_its_comparisons_and_counts_what_is_missing(
     compare_stage(Context(load_study(project.study)), None, Progress(quiet=True))  # type: ignore[arg-type]
     row = project.ask("SELECT * FROM comparisons WHERE comparison = 'away'")[0]
     assert (row["n_prompts"], row["n_pairs"], row["n_left_out"]) == (4, 3, 1)
+
+
+def ranked(study: dict[str, Any]) -> None:
+    compared(study)
+    for seed in range(9, 27):
+        study["directions"][f"random_{seed}"] = {**study["directions"]["random_7"], "seed": seed}
+    study["replay"]["conditions"]["random"]["each"]["seed"] = list(range(7, 27))
+    study["comparisons"]["away"] |= {"among": "random", "family": "ranked"}
+
+
+def test_an_effect_is_ranked_among_random_directions(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pooled, four random directions were taken for as many texts of a prompt, however they differed."""
+    project.write(ranked)
+    assert run(project, capsys).startswith("0\n")
+    [row] = project.ask("SELECT * FROM comparisons WHERE comparison = 'away'")
+    rates = {
+        record["condition"]: record["r"]
+        for record in project.ask(
+            "SELECT condition, avg(degenerate::INT) AS r FROM labels WHERE prompt_set = 'bad@test' GROUP BY ALL"
+        )
+    }
+    effect = abs(rates["away"] - rates["baseline"])
+    as_far = sum(abs(rates[f"random[seed={seed}]"] - rates["baseline"]) >= effect - 1e-9 for seed in range(7, 27))
+    assert (row["among"], row["n_among"], row["n_as_far"], row["reported"]) == ("random", 20, as_far, "rank")
+    assert row["p_rank"] == row["p_reported"] == row["p_holm"] == row["p_bh"] == (1 + as_far) / 21
+    assert row["test"] == "mcnemar"
+    others = project.ask("SELECT * FROM comparisons WHERE comparison <> 'away'")
+    assert all((other["reported"], other["p_reported"]) == ("paired", other["p_exact"]) for other in others)
+    assert all(other["p_rank"] is None for other in others)
+
+
+def test_too_few_random_conditions_to_rank_among_are_refused(project: Project) -> None:
+    def few(study: dict[str, Any]) -> None:
+        ranked(study)
+        study["replay"]["conditions"]["random"]["each"]["seed"] = [7, 8, 9, 10]
+
+    with pytest.raises(StudyError, match="p cannot be below 1/5"):
+        load_study(project.write(few))
+
+    def pooled(study: dict[str, Any]) -> None:
+        ranked(study)
+        study["comparisons"]["away"]["first"] = "random"
+
+    with pytest.raises(StudyError, match="pools 20 conditions"):
+        load_study(project.write(pooled))
 
 
 def test_a_comparison_that_cannot_be_made_is_refused(project: Project) -> None:

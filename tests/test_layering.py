@@ -27,7 +27,7 @@ BRIDGES = {"dask", "torch", "xarray"}
 ALLOWED = {
     # `datasets` only where a study names a hub data set; the bridges only where one is asked for.
     "store": STORE | {"datasets", *BRIDGES},
-    "analysis": STORE | {"dask", "sklearn", "matplotlib"},
+    "analysis": STORE | {"dask", "sklearn", "scipy", "matplotlib"},
 }
 # Imported in one place: package -> what the module's name must start with.
 BRIDGE = ("store/bridges.py", "store/selection.py")  # the latter for the types of its methods

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -267,3 +268,21 @@ def test_a_record_tells_the_size_and_hash_of_its_file(results: ResultStore) -> N
     content = results.files("scores")[0].read_bytes()
     assert record["size"] == len(content)
     assert record["sha256"][:16] in record["file"]
+
+
+def test_a_file_of_an_earlier_version_is_read_with_nulls(tmp_path: Path) -> None:
+    """Any new column made every older file of the table unreadable."""
+    from store.sql import connect
+
+    schema = schema_of("choice_candidates")
+    results = ResultStore(Location.of(tmp_path))
+    data = pa.Table.from_pylist(
+        [{field.name: None if field.nullable else filled(field.type) for field in schema}], schema=schema
+    )
+    results.replace("choice_candidates", "s", data)
+    [file] = results.files("choice_candidates")
+    pq.write_table(data.drop_columns(["low", "is_tied"]), str(file.path))
+    assert results.read("choice_candidates").equals(data)
+    assert results.read("choice_candidates", ["rank", "low"]).equals(data.select(["rank", "low"]))
+    rows = connect(results.location).sql("SELECT is_tied, rank FROM choice_candidates").fetchall()
+    assert rows == [(None, data["rank"][0].as_py())]
