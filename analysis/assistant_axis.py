@@ -13,11 +13,12 @@ from typing import cast
 
 import numpy as np
 
-from analysis.components import HALVES_SEED, RESOLUTION
+from analysis.components import HALVES_SEED
+from analysis.directions import undefined_layers
 from analysis.layerwise import Floats
 from analysis.means import group_means, matched_halves
 from store.activations import ActivationStore
-from store.directions import Direction
+from store.directions import Direction, undefined_record
 from store.errors import MismatchError, ResidError
 from store.fingerprint import fingerprint
 from store.location import Location
@@ -69,7 +70,8 @@ def assistant_axis(task: AxisTask) -> dict[str, Direction]:
     Raises:
         MissingDataError: if a row is not captured.
         MismatchError: if a row is in two groups.
-        ResidError: if a group is empty, or the axis is zero up to rounding.
+        UndefinedError: if the axis is zero up to rounding at every layer; a single such layer is left out.
+        ResidError: if a group is empty.
     """
     groups = sorted(task.default, key=lambda group: sorted(group[1])) + sorted(task.roles, key=lambda g: sorted(g[1]))
     n_default = len(task.default)
@@ -104,14 +106,14 @@ def assistant_axis(task: AxisTask) -> dict[str, Direction]:
         return sides[0] - sides[1], np.maximum(*(np.linalg.norm(each, axis=1) for each in sides))
 
     vectors, sizes = axis(means, cells.sum(axis=1).astype(np.float64))
-    for layer, vector, size in zip(selection.layers, vectors, sizes, strict=True):
-        if np.linalg.norm(vector) <= RESOLUTION * size:
-            raise ResidError(f"direction {task.name!r} is zero, up to rounding, at {task.component}.{layer}")
+    undefined = undefined_layers(task.name, task.component, task.position, selection.layers, vectors, sizes)
+    there = [i for i, layer in enumerate(selection.layers) if layer not in undefined]
     stability = None
     if split:
-        one, other = (axis(of_half[:, half], cells[:, half].astype(np.float64))[0] for half in (0, 1))
-        products = np.sum(one * other, axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-        stability = tuple(float(value) for value in np.clip(products, -1, 1))
+        one, other = (axis(of_half[:, half], cells[:, half].astype(np.float64))[0][there] for half in (0, 1))
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        if lengths.all():
+            stability = tuple(float(value) for value in np.clip(np.sum(one * other, axis=1) / lengths, -1, 1))
     return {
         task.name: Direction(
             name=task.name,
@@ -120,8 +122,8 @@ def assistant_axis(task: AxisTask) -> dict[str, Direction]:
             method="assistant_axis",
             component=cast(Component, task.component),
             position=task.position,
-            layers=selection.layers,
-            vectors=vectors.astype(np.float32),
+            layers=tuple(selection.layers[i] for i in there),
+            vectors=vectors[there].astype(np.float32),
             n_positive=n_rows,
             n_negative=len(keys) - n_rows,
             split_half_cosine=stability,
@@ -131,6 +133,7 @@ def assistant_axis(task: AxisTask) -> dict[str, Direction]:
                 "role_weighting": "roles" if task.equal_roles else "rows",
                 "default_weighting": "sets" if task.equal_default else "rows",
                 **({} if task.kept is None else {"kept": json.loads(task.kept)}),
+                **undefined_record(undefined),
             },
         )
     }

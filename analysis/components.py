@@ -29,8 +29,8 @@ import numpy.typing as npt
 from analysis.layerwise import Floats, layer_chunks, over_layers, spectrum
 from analysis.means import group_means, matched_halves, random_halves
 from store.activations import ActivationStore
-from store.directions import Direction
-from store.errors import MismatchError, ResidError
+from store.directions import Direction, require_layers, undefined_record
+from store.errors import MismatchError, ResidError, UndefinedError
 from store.fingerprint import fingerprint
 from store.location import Location
 from store.selection import Selection
@@ -84,7 +84,10 @@ class ComponentsTask:
 
 @dataclass(frozen=True)
 class Components:
-    """Components of one layer: orthonormal vectors [k, d_model] and each one's share [k] of the mean square."""
+    """Components of one layer: orthonormal vectors [k, d_model] and each one's share [k] of the mean square.
+
+    There are fewer than were asked for where the contrast has no more.
+    """
 
     vectors: Floats
     shares: Floats
@@ -102,7 +105,8 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
     Raises:
         MissingDataError: if a row is not captured.
         MismatchError: if a row is on both sides, or the sides share no prompt text to be paired by.
-        ResidError: if the contrast has fewer components than wanted.
+        UndefinedError: if no layer has any of the components. A layer without a component is left out of that one,
+            and a component that no layer has out of the answer.
     """
     both = set(task.positive) & set(task.negative)
     if both:
@@ -135,10 +139,22 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
         split = bool(np.bincount(2 * side + halves, minlength=4).min() >= 1)
         means = group_means(selection, 2 * side + halves if split else side, 4 if split else 2)
         measure = partial(_to_mean, selection, side, halves, means.means, means.counts, task, count)
-    whole, first, second = zip(*over_layers(measure, selection.layers), strict=True)
-    split = None not in first and None not in second
+    measured = list(zip(selection.layers, over_layers(measure, selection.layers), strict=True))
     found = {}
+    reasons: dict[int, str] = {}
     for index, name in task.wanted:
+        undefined = {
+            layer: f"direction {name!r} has {len(three[0].vectors)} principal components at {task.component}.{layer}, "
+            f"and {index} are asked for\n  remedy: lower k, or give it more prompts"
+            for layer, three in measured
+            if len(three[0].vectors) < index
+        }
+        there = [(layer, three) for layer, three in measured if layer not in undefined]
+        if not there:
+            reasons |= undefined
+            continue
+        whole, first, second = zip(*(three for _, three in there), strict=True)
+        split = not any(half is None or len(half.vectors) < index for half in (*first, *second))
         shares = [float(layer.shares[index - 1]) for layer in whole]
         provenance: dict[str, Any] = {
             "method_version": COMPONENTS_VERSION,
@@ -149,6 +165,7 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
             "share": shares,
             "halves_seed": HALVES_SEED,
             **({} if task.kept is None else {"kept": json.loads(task.kept)}),
+            **undefined_record(undefined),
         }
         if split:
             overlaps = [_overlap(a.vectors[:index], b.vectors[:index]) for a, b in zip(first, second, strict=True)]
@@ -160,7 +177,7 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
             method="principal_components",
             component=cast(Component, task.component),
             position=task.position,
-            layers=selection.layers,
+            layers=tuple(layer for layer, _ in there),
             vectors=np.stack([layer.vectors[index - 1] for layer in whole]).astype(np.float32),
             n_positive=n_positive,
             n_negative=len(negative),
@@ -172,6 +189,7 @@ def principal_components(task: ComponentsTask) -> dict[str, Direction]:
             else None,
             provenance=provenance,
         )
+    require_layers([index for index, name in task.wanted if name in found], reasons)
     return found
 
 
@@ -198,8 +216,7 @@ def _to_mean(
         chosen = (side == 0) if half is None else (side == 0) & (halves == half)
         offset = pair[0] if task.centred else pair[1]
         chunks = (values[chosen[into]] - offset for into, values in layer_chunks(selection, layer))
-        where = f"{task.component}.{layer}"
-        return _components(chunks, int(chosen.sum()), pair[0] - pair[1], task.name, where, count, pair)
+        return _components(chunks, int(chosen.sum()), pair[0] - pair[1], count, pair)
 
     sizes = [int(((side == 0) & (halves == half)).sum()) for half in (0, 1)]
     split = of_half.shape[1] == 2 and min(sizes) > count
@@ -226,27 +243,21 @@ def _paired(
 
     def components(rows: Floats) -> Components:
         mean = rows.mean(axis=0)
-        where = f"{task.component}.{layer}"
         centred = rows - mean if task.centred else rows
-        return _components([centred], len(rows), mean, task.name, where, count, both.mean(axis=1))
+        return _components([centred], len(rows), mean, count, both.mean(axis=1))
 
     split = min(np.bincount(halves, minlength=2)) > count
     parts = [components(contrasts[halves == half]) for half in (0, 1)] if split else [None, None]
     return components(contrasts), parts[0], parts[1]
 
 
-def _components(
-    chunks: Any, n: int, mean: Floats, name: str, where: str, count: int, scale: npt.NDArray[np.float64]
-) -> Components:
+def _components(chunks: Any, n: int, mean: Floats, count: int, scale: npt.NDArray[np.float64]) -> Components:
     values, vectors = spectrum(chunks, n, len(mean))
     size = np.linalg.norm(scale, axis=-1).max()
-    rank = int(np.sum(np.sqrt(values) > RESOLUTION * size))
-    if rank < count:
-        raise ResidError(
-            f"direction {name!r} has {rank} principal components at {where}, and {count} are asked for\n"
-            "  remedy: lower k, or give it more prompts"
-        )
-    return Components(signed(vectors[:count], mean), values[:count] / values.sum())
+    rank = min(count, int(np.sum(np.sqrt(values) > RESOLUTION * size)))
+    if rank == 0:
+        return Components(vectors[:0], values[:0])
+    return Components(signed(vectors[:rank], mean), values[:rank] / values.sum())
 
 
 def signed(vectors: Floats, mean: Floats) -> Floats:
@@ -296,12 +307,12 @@ def components_of_directions(vectors: Floats, centred: bool, count: int, what: s
     """Return the first principal components [count, d_model] of vectors [item, d_model], and all shares of variance.
 
     Raises:
-        ResidError: if there are fewer components than asked for.
+        UndefinedError: if there are fewer components than asked for.
     """
     mean = vectors.mean(axis=0)
     _, singular, found = np.linalg.svd(vectors - mean if centred else vectors, full_matrices=False)
     size = np.linalg.norm(vectors, axis=1).max()
     rank = int(np.sum(singular > RESOLUTION * size))
     if rank < count:
-        raise ResidError(f"{what}: {len(vectors)} directions have {rank} principal components, not {count}")
+        raise UndefinedError(f"{what}: {len(vectors)} directions have {rank} principal components, not {count}")
     return signed(found[:count], mean), singular**2 / np.sum(singular**2)

@@ -14,8 +14,8 @@ from analysis.components import RESOLUTION, components_of_directions, stacked, w
 from analysis.means import group_means, matched_halves
 from store.activations import ActivationStore
 from store.conditions import orthonormal_basis
-from store.directions import Direction
-from store.errors import MismatchError, ResidError
+from store.directions import Direction, require_layers, undefined_record
+from store.errors import MismatchError, ResidError, UndefinedError
 from store.fingerprint import fingerprint
 from store.location import Location
 from store.sites import Component
@@ -78,7 +78,9 @@ def difference_of_means(task: MeansTask) -> Direction:
     Raises:
         MissingDataError: if a row is not captured.
         MismatchError: if a row is on both sides.
-        ResidError: if the direction is zero somewhere, or nothing but rounding; or a side has no rows.
+        UndefinedError: if the direction is zero, or nothing but rounding, at every layer. A single such layer is left
+            out, and named in the provenance under "undefined".
+        ResidError: if a side has no rows.
     """
     both = set(task.positive) & set(task.negative)
     if both:
@@ -104,13 +106,10 @@ def difference_of_means(task: MeansTask) -> Direction:
         means = group_means(selection, side, 2).means
     vectors = means[0] - means[1]
     scale = np.linalg.norm(means, axis=2).max(axis=0)
-    for layer, norm, size in zip(selection.layers, np.linalg.norm(vectors, axis=1), scale, strict=True):
-        if norm <= RESOLUTION * size:
-            raise ResidError(
-                f"direction {task.name!r} is zero, up to rounding, at {task.component}.{layer} ({task.position})\n"
-                "  remedy: its two sides are the same there; check the prompt sets, or choose another position"
-            )
-    stability = tuple(cosine(a, b) for a, b in zip(*of_half, strict=True)) if split else None
+    undefined = undefined_layers(task.name, task.component, task.position, selection.layers, vectors, scale)
+    there = [i for i, layer in enumerate(selection.layers) if layer not in undefined]
+    split = split and bool(np.linalg.norm(of_half[:, there], axis=2).all())
+    stability = tuple(cosine(of_half[0, i], of_half[1, i]) for i in there) if split else None
     return Direction(
         name=task.name,
         key=task.key,
@@ -118,8 +117,8 @@ def difference_of_means(task: MeansTask) -> Direction:
         method="difference_of_means",
         component=cast(Component, task.component),
         position=task.position,
-        layers=selection.layers,
-        vectors=vectors.astype(np.float32),
+        layers=tuple(selection.layers[i] for i in there),
+        vectors=vectors[there].astype(np.float32),
         n_positive=n_positive,
         n_negative=len(task.negative),
         split_half_cosine=stability,
@@ -127,8 +126,45 @@ def difference_of_means(task: MeansTask) -> Direction:
             "method_version": METHOD_VERSION,
             "halves_seed": HALVES_SEED,
             **({} if task.kept is None else {"kept": json.loads(task.kept)}),
+            **undefined_record(undefined),
         },
     )
+
+
+def undefined_layers(
+    name: str,
+    component: str,
+    position: str,
+    layers: Sequence[int],
+    vectors: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float64],
+) -> dict[int, str]:
+    """Return at which layers a difference is nothing but rounding, or not finite, and why, as messages.
+
+    Args:
+        name: the direction, for the messages; likewise component and position.
+        layers: those of the vectors.
+        vectors: [layer, d_model].
+        scale: norm of the larger of the two means, [layer].
+
+    Raises:
+        UndefinedError: if that is so at every layer.
+    """
+    undefined: dict[int, str] = {}
+    for layer, norm, size in zip(layers, np.linalg.norm(vectors, axis=1), scale, strict=True):
+        where = f"{component}.{layer} ({position})"
+        if not np.isfinite(norm):
+            undefined[layer] = (
+                f"direction {name!r} is not finite at {where}\n  remedy: find the rows with NaN or infinity there"
+            )
+        elif norm <= RESOLUTION * size:
+            undefined[layer] = (
+                f"direction {name!r} is zero, up to rounding, at {where}\n"
+                "  remedy: its two sides are the same there; check the prompt sets, or choose another position"
+            )
+    if len(undefined) == len(layers):
+        require_layers((), undefined)
+    return undefined
 
 
 def cosine(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> float:
@@ -167,27 +203,44 @@ def derive(name: str, spec: Derived, parents: Mapping[str, Direction]) -> Direct
 
     Raises:
         MismatchError: if parents are of different models or components, or have no layer in common.
-        ResidError: if the result is zero at a layer.
+        UndefinedError: if the result does not exist at any layer. A single such layer is left out, and named in the
+            provenance under "undefined", as are those at which a parent does not exist.
     """
+    undefined: dict[int, str] = {}
+    for parent in parents.values():
+        undefined |= parent.undefined
     more: dict[str, object] = {}
     if isinstance(spec, Difference):
         first, second = parents[spec.minuend], parents[spec.subtrahend]
         layers = _common(name, (first, second))
         vectors = np.stack([first.at(layer) - second.at(layer) for layer in layers])
+        scale = np.maximum(*(np.array([float(np.linalg.norm(one.at(n))) for n in layers]) for one in (first, second)))
+        undefined |= undefined_layers(name, first.component, first.position, layers, vectors, scale)
     elif isinstance(spec, Orthogonalised):
         # One order of the same set: the result then agrees to the last bit.
         others = sorted((parents[item] for item in spec.orthogonal_to), key=lambda other: other.digest)
         first = parents[spec.direction]
         layers = _common(name, (first, *others))
-        vectors = np.stack([orthogonalise(first.at(layer), [o.unit(layer) for o in others]) for layer in layers])
+        vectors = np.zeros((len(layers), first.vectors.shape[1]))
+        for i, layer in enumerate(layers):
+            try:
+                vectors[i] = orthogonalise(first.at(layer), [other.unit(layer) for other in others])
+            except UndefinedError as error:
+                undefined[layer] = (
+                    f"direction {name!r} at {first.component}.{layer}: {error}\n"
+                    "  remedy: make it orthogonal to fewer directions, or to others"
+                )
     elif isinstance(spec, PrincipalDirections):
         first = parents[spec.directions[0]]
-        layers, vectors, more = _component(name, spec, [parents[item] for item in spec.directions])
+        layers, vectors, more, lacking = _component(name, spec, [parents[item] for item in spec.directions])
+        undefined |= lacking
     else:
         assert spec.seed is not None
         first = parents[spec.match_norm]
         layers = first.layers
         vectors = random_directions(layers, first.vectors.shape[1], spec.seed) * first.norms[:, None]
+    there = [i for i, layer in enumerate(layers) if layer not in undefined]
+    require_layers(there, undefined)
     return Direction(
         name=name,
         key=derived_key(spec, parents),
@@ -195,45 +248,56 @@ def derive(name: str, spec: Derived, parents: Mapping[str, Direction]) -> Direct
         method=spec.method,
         component=first.component,
         position=first.position,
-        layers=layers,
-        vectors=vectors.astype(np.float32),
+        layers=tuple(layers[i] for i in there),
+        vectors=vectors[there].astype(np.float32),
         provenance={
             "method_version": METHOD_VERSION,
             "spec": spec.model_dump(exclude_none=True),
             "parents": {parent.name: parent.key for parent in parents.values()},
             **more,
+            **undefined_record(undefined),
         },
     )
 
 
 def _component(
     name: str, spec: PrincipalDirections, parents: Sequence[Direction]
-) -> tuple[tuple[int, ...], npt.NDArray[np.float64], dict[str, object]]:
-    """Return layers, the component with the spec's index at each, and its share and the number of directions there."""
+) -> tuple[tuple[int, ...], npt.NDArray[np.float64], dict[str, object], dict[int, str]]:
+    """Return layers, the component with the spec's index at each, its share and the number of directions there.
+
+    Last comes why it does not exist at the common layers that are left out.
+    """
     assert spec.index is not None
     layers = _common(name, parents)
     vectors, shares, kept_counts = [], [], []
+    lacking: dict[int, str] = {}
     for layer in layers:
         stack = stacked(parents, layer, spec.scale)
         kept, _ = without_duplicates(stack, spec.duplicate_cosine)
         what = f"direction {name!r} at {parents[0].component}.{layer}"
-        found, share = components_of_directions(stack[kept], spec.centred, spec.index, what)
+        try:
+            found, share = components_of_directions(stack[kept], spec.centred, spec.index, what)
+        except UndefinedError as error:
+            lacking[layer] = f"{error}\n  remedy: lower k, or give it more directions"
+            continue
         vectors.append(found[-1])
         shares.append(float(share[spec.index - 1]))
         kept_counts.append(len(kept))
-    return layers, np.stack(vectors), {"share": shares, "n_directions": kept_counts}
+    there = tuple(layer for layer in layers if layer not in lacking)
+    require_layers(there, lacking)
+    return there, np.stack(vectors), {"share": shares, "n_directions": kept_counts}, lacking
 
 
 def orthogonalise(vector: npt.NDArray[np.float64], units: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
     """Return a vector without its component in the span of others, [d_model].
 
     Raises:
-        ResidError: if nothing but rounding is left, so that its direction would be noise.
+        UndefinedError: if nothing but rounding is left, so that its direction would be noise.
     """
     basis = orthonormal_basis(units)
     rest = vector - (vector @ basis.T) @ basis
     if np.linalg.norm(rest) <= RESOLUTION * np.linalg.norm(vector):
-        raise ResidError("the vector lies in the span that it is to be orthogonal to: nothing is left of it")
+        raise UndefinedError("the vector lies in the span that it is to be orthogonal to: nothing is left of it")
     # Once more: one pass leaves rounding along the basis when little of the vector remains.
     return rest - (rest @ basis.T) @ basis
 
@@ -255,5 +319,7 @@ def _common(name: str, parents: Sequence[Direction]) -> tuple[int, ...]:
         )
     layers = set.intersection(*(set(parent.layers) for parent in parents))
     if not layers:
+        undefined = {layer: why for parent in parents for layer, why in parent.undefined.items()}
+        require_layers((), undefined)
         raise MismatchError(f"direction {name!r}: its parents have no layer in common")
     return tuple(sorted(layers))

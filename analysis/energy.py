@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from analysis.directions import METHOD_VERSION, random_directions
 from store.activations import ActivationStore
-from store.directions import Direction
-from store.errors import ResidError
+from store.directions import Direction, require_layers, undefined_record
 from store.fingerprint import fingerprint
 from store.location import Location
 
@@ -56,12 +55,14 @@ def energy_matched(name: str, seed: int, parent: Direction, rows: EnergyRows) ->
 
     Raises:
         MissingDataError: if a row is not captured at the parent's component and layers.
-        ResidError: if no direction orthogonal to the parent has that energy, naming the layer.
+        UndefinedError: if no direction orthogonal to the parent has that energy at any layer. A single such layer is
+            left out, and named in the provenance under "undefined".
     """
     store = ActivationStore.open(Location.of(rows.store)).model(parent.model)
     keys = sorted(rows.row_keys)  # one order for the same rows: sums then agree to the last bit
     draws = random_directions(parent.layers, parent.vectors.shape[1], seed)
-    vectors, energies = [], []
+    vectors, energies, layers = [], [], []
+    undefined = parent.undefined
     for number, layer in enumerate(parent.layers):
         values = store.select(keys, parent.component, rows.position, [layer]).to_numpy()
         h = values.reshape(len(keys), -1).astype(np.float64)  # [row, d_model]
@@ -70,12 +71,15 @@ def energy_matched(name: str, seed: int, parent: Direction, rows: EnergyRows) ->
         try:
             found = matched_direction(h, unit, wanted, draws[number])
         except ValueError as error:
-            raise ResidError(
+            undefined[layer] = (
                 f"direction {name!r} at {parent.component}.{layer}: {error}\n"
                 f"  remedy: other prompts or another position, or method: random in place of random_matched"
-            ) from None
+            )
+            continue
+        layers.append(layer)
         vectors.append(found * parent.norms[number])
         energies.append({"layer": layer, "wanted": wanted, "isotropic": isotropic_energy(h)})
+    require_layers(layers, undefined)
     return Direction(
         name=name,
         key=energy_matched_key(seed, parent, rows),
@@ -83,7 +87,7 @@ def energy_matched(name: str, seed: int, parent: Direction, rows: EnergyRows) ->
         method="random_matched",
         component=parent.component,
         position=parent.position,
-        layers=parent.layers,
+        layers=tuple(layers),
         vectors=np.stack(vectors).astype(np.float32),
         provenance={
             "method_version": METHOD_VERSION,
@@ -92,6 +96,7 @@ def energy_matched(name: str, seed: int, parent: Direction, rows: EnergyRows) ->
             "rows": len(rows.row_keys),
             "position": rows.position,
             "energies": energies,
+            **undefined_record(undefined),
         },
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from store.errors import MissingDataError, ResidError
+from store.errors import MissingDataError, ResidError, UndefinedError
 from store.layers import spell_ranges
 from store.schemas import TABLES
 from store.sites import Component
@@ -22,6 +22,8 @@ from store.sites import Component
 @dataclass(frozen=True)
 class Direction:
     """A named direction of one model at every layer where it was computed.
+
+    A layer at which it does not exist is not among `layers`; provenance names it under "undefined", with the cause.
 
     Its sign is that of "positive minus negative". Vectors keep their raw norm; unit vectors are derived on demand.
     """
@@ -60,12 +62,20 @@ class Direction:
         norms: npt.NDArray[np.float64] = np.linalg.norm(self.vectors.astype(np.float64), axis=1)
         return norms
 
+    @property
+    def undefined(self) -> dict[int, str]:
+        """Layer -> why the direction does not exist there, and a remedy, as a message."""
+        return {int(layer): str(why) for layer, why in (self.provenance or {}).get("undefined", {}).items()}
+
     def at(self, layer: int) -> npt.NDArray[np.float64]:
         """Return the vector of one layer, [d_model], raw norm.
 
         Raises:
             MissingDataError: if the direction was not computed there.
+            UndefinedError: if it does not exist there.
         """
+        if layer in self.undefined:
+            raise UndefinedError(self.undefined[layer])
         if layer not in self.layers:
             raise MissingDataError(
                 f"direction {self.name!r} has no layer {layer}, only {spell_ranges(self.layers)}\n"
@@ -109,6 +119,21 @@ class Direction:
             for i, layer in enumerate(self.layers)
         ]
         return pa.Table.from_pylist(records, schema=TABLES["directions"])
+
+
+def undefined_record(undefined: Mapping[int, str]) -> dict[str, Any]:
+    """Return what provenance says of layers at which a direction does not exist; nothing where there are none."""
+    return {"undefined": {str(layer): why for layer, why in sorted(undefined.items())}} if undefined else {}
+
+
+def require_layers(layers: Sequence[int], undefined: Mapping[int, str]) -> None:
+    """Check that a direction exists at one layer at least.
+
+    Raises:
+        UndefinedError: otherwise, with the first layer's cause.
+    """
+    if not layers and undefined:
+        raise UndefinedError(undefined[min(undefined)])
 
 
 def directions_from_table(table: pa.Table) -> dict[str, Direction]:

@@ -35,6 +35,13 @@ class MismatchError(ResidError):
     """Data of different fingerprints met. Nothing was mixed; the message says what differs."""
 
 
+class UndefinedError(ResidError):
+    """A direction, or one layer of it, does not exist: two sides are equal there, say. All others are computed.
+
+    Remedy: what the message names.
+    """
+
+
 class DamageError(ResidError):
     """Committed bytes are missing or changed. Remedy: un-commit the named block and capture it again."""
 

@@ -24,8 +24,8 @@ from analysis.directions import (
 )
 from analysis.means import group_means, matched_halves, random_halves
 from store.activations import ModelStore
-from store.directions import Direction
-from store.errors import MismatchError, MissingDataError, ResidError
+from store.directions import Direction, directions_from_table
+from store.errors import MismatchError, MissingDataError, ResidError, UndefinedError
 from store.generation import Generation
 from store.rows import Row
 from store.study import Difference, Orthogonalised, Random
@@ -210,7 +210,7 @@ def test_faults_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-8])
-def test_a_direction_that_is_zero_up_to_rounding_is_an_error(tmp_path: Path, noise: float) -> None:
+def test_a_layer_at_which_a_direction_is_zero_costs_that_layer_only(tmp_path: Path, noise: float) -> None:
     model = new_store(str(tmp_path))
     (block,) = model.create(model.work([request(ROWS)], block_rows=len(ROWS)))
     generation = Generation(model.location / block.generation)
@@ -218,9 +218,39 @@ def test_a_direction_that_is_zero_up_to_rounding_is_an_error(tmp_path: Path, noi
     values = rng.standard_normal((len(ROWS), LAYERS, 1, D_MODEL))
     values[:, 4] = values[0, 4] * (1 + noise * rng.standard_normal((len(ROWS), 1, D_MODEL)))
     generation.write_block(0, {"resid_post": values})
-    with pytest.raises(ResidError, match=r"'d' is zero, up to rounding, at resid_post\.4"):
-        difference_of_means(task(tmp_path))
-    assert difference_of_means(task(tmp_path, layers=(0, 1))).layers == (0, 1)
+    found = difference_of_means(task(tmp_path))  # used to raise, and to cost all directions of the study
+    assert found.layers == tuple(layer for layer in range(LAYERS) if layer != 4)
+    assert list(found.undefined) == [4]
+    with pytest.raises(UndefinedError, match=r"'d' is zero, up to rounding, at resid_post\.4 .*\n  remedy: "):
+        found.at(4)
+    (read,) = directions_from_table(found.to_table("s")).values()
+    assert (read.undefined, read.layers) == (found.undefined, found.layers)
+    one = difference_of_means(task(tmp_path, layers=(3,)))
+    np.testing.assert_array_equal(found.at(3), one.at(3))
+    with pytest.raises(UndefinedError, match=r"'d' is zero, up to rounding, at resid_post\.4"):
+        difference_of_means(task(tmp_path, layers=(4,)))
+
+
+def test_a_derived_direction_lacks_the_layers_that_its_parents_lack_and_says_why() -> None:
+    parent = replace(
+        PARENTS["a"],
+        layers=PARENTS["a"].layers[1:],
+        vectors=PARENTS["a"].vectors[1:],
+        provenance={"undefined": {str(PARENTS["a"].layers[0]): "direction 'a' is zero there"}},
+    )
+    derived = derive("d", Difference(method="difference", minuend="a", subtrahend="b"), {**PARENTS, "a": parent})
+    assert derived.layers == parent.layers
+    assert derived.undefined == {PARENTS["a"].layers[0]: "direction 'a' is zero there"}
+
+
+def test_a_derived_direction_that_is_zero_at_one_layer_exists_at_the_others() -> None:
+    vectors = PARENTS["a"].vectors.copy()
+    vectors[1] = 2 * PARENTS["b"].vectors[1]
+    found = orthogonal("b", parents={**PARENTS, "a": replace(PARENTS["a"], vectors=vectors)})
+    gone = PARENTS["a"].layers[1]
+    assert found.layers == tuple(layer for layer in PARENTS["a"].layers if layer != gone)
+    assert "nothing is left of it" in found.undefined[gone]
+    np.testing.assert_array_equal(found.at(found.layers[0]), orthogonal("b").at(found.layers[0]))
 
 
 def test_the_key_is_that_of_the_inputs() -> None:
@@ -316,7 +346,7 @@ def test_a_direction_inside_the_span_is_an_error() -> None:
     }
     with pytest.raises(ResidError, match="nothing is left"):
         orthogonal("b", "c", parents=inside)
-    with pytest.raises(ResidError, match="zero at"):
+    with pytest.raises(ResidError, match="is zero, up to rounding, at"):
         derive("d", Difference(method="difference", minuend="a", subtrahend="a"), PARENTS)
 
 
