@@ -24,7 +24,7 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    from jobs import report, reproduce, sql, store, traits, verify
+    from jobs import report, reproduce, results, sql, store, traits, verify
 
     parser = argparse.ArgumentParser(
         prog="resid", description="Residual-stream directions in chat models.", epilog=EPILOG
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_arguments(commands.add_parser("verify", help="check every committed byte"))
     traits.add_arguments(commands.add_parser("traits", help="check trait files, and list what is wrong"))
     store.add_arguments(commands.add_parser("store", help="the activation store: ls, verify, gc, export, import"))
+    results.add_arguments(commands.add_parser("results", help="the result tables: ls, verify, gc"))
     return parser
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from jobs import plan, report, reproduce, run, sql, store, traits, verify
+    from jobs import plan, report, reproduce, results, run, sql, store, traits, verify
 
     command: str = arguments.command
     if command in STAGES:
@@ -74,7 +75,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         places = [Location.of(verify.place(what, getattr(arguments, what), study)) for what in ("results", "store")]
         return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run, "store": store.run}
-    handlers |= {"traits": traits.run, "reproduce": reproduce.run}
+    handlers |= {"traits": traits.run, "reproduce": reproduce.run, "results": results.run}
     return int(handlers[command](arguments) or 0)
 
 

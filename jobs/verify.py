@@ -7,7 +7,7 @@ import os
 
 from jobs.context import data_location
 from store.activations import ActivationStore
-from store.errors import DamageError
+from store.errors import DamageError, MissingDataError
 from store.results import ResultStore
 from store.study import Study
 from store.study_file import load_study
@@ -27,10 +27,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         DamageError: if anything is damaged.
+        MissingDataError: if there is nothing to check.
     """
     study = load_study(arguments.study) if arguments.study else None
     store = ActivationStore.open(data_location(place("store", arguments.store, study), "store"))
     results = ResultStore(data_location(place("results", arguments.results, study), "results"))
+    empty = [] if store.models() else [str(store.location)]
+    empty += [] if holds_results(results) else [str(results.location)]
+    if len(empty) == 2:
+        raise MissingDataError(
+            f"{empty[0]} and {empty[1]} are empty: there is nothing to check\n"
+            "  remedy: resid run --study <study>, or name other places with --store and --results"
+        )
     lines, blocks = [], 0
     for model in store.models():
         blocks += sum(len(generation.committed()) for generation in model.generations())
@@ -41,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     leftovers = sum(not item.is_damage for item in findings)
     print(f"checked {blocks} activation blocks in {store.location} and {files} result files in {results.location}")
     if leftovers:
-        print(f"{leftovers} replaced or unfinished result files are lying about: harmless")
+        print(f"{leftovers} replaced or unfinished result files, which nothing reads: resid results gc lists them")
+    if empty:
+        print(f"{empty[0]} is empty")
     if lines:
         done = "un-committed the damaged activation blocks" if arguments.repair else "remedy: resid verify --repair"
         raise DamageError("damage:\n  " + "\n  ".join(lines) + f"\n  {done}, then run the study again")
@@ -57,6 +67,15 @@ def place(what: str, given: str | None, study: Study | None) -> str:
         return str(getattr(study, what))
     default = Study.model_fields[what].default
     return os.environ.get(f"RESID_{what.upper()}") or str(default)
+
+
+def _holds(results: ResultStore) -> bool:
+    return any((results.location / table).list() for table in _tables())
+
+
+def holds_results(results: ResultStore) -> bool:
+    """Tell whether a place holds any file of a result table."""
+    return any((results.location / table).list() for table in _tables())
 
 
 def _tables() -> list[str]:

@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -112,7 +112,7 @@ class ResultStore:
         """Make ``data`` the whole content of the table's part ``name`` (a study's name, say).
 
         A reader sees the old rows or the new ones, never both. The old file stays for readers that are using it,
-        until `sweep`.
+        until `resid results gc` removes it.
 
         Raises:
             MismatchError: if ``data`` has not exactly the table's schema.
@@ -162,19 +162,20 @@ class ResultStore:
         empty = pa.schema([schema.field(name) for name in wanted]).empty_table()
         return pa.concat_tables([empty, *parts])
 
+    def read_blocks(self, table: str, columns: Sequence[str]) -> Iterator[tuple[Commit, pa.Table]]:
+        """Yield each committed block of a table with some of its columns; parts written by `replace` are no blocks.
+
+        Raises:
+            DamageError: if a committed file is missing or damaged.
+        """
+        names = self.committed(table)
+        for commit in self.commits(table):
+            if commit.name in names:
+                yield commit, self._read_file(table, self.location / table / commit.file, list(columns), None)
+
     def verify(self, deep: bool = True) -> list[Damage]:
         """Compare every committed file with its record: presence and size, and with ``deep`` its SHA-256."""
         return [finding for table in TABLES for finding in self._verify_table(table, deep)]
-
-    def sweep(self) -> list[str]:
-        """Remove leftovers (replaced files, files of killed writers) and return their names.
-
-        Only when no stage is running and no query is open: a file that is about to be committed looks the same.
-        """
-        leftovers = [finding for finding in self.verify(deep=False) if finding.kind == "leftover"]
-        for finding in leftovers:
-            (self.location / finding.table / finding.file).remove()
-        return [f"{finding.table}/{finding.file}" for finding in leftovers]
 
     def _check(self, table: str, name: str, data: pa.Table) -> None:
         schema_of(table)
