@@ -10,12 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.context import data_location
-from jobs.store import _bytes, _seconds
+from jobs.store import _seconds
 from jobs.verify import holds_results, place
 from store.errors import DamageError, MissingDataError
 from store.results import Commit, ResultStore
 from store.results_collect import Unused, find_unused, remove_unused
 from store.schemas import TABLES
+from store.sizes import spell_bytes
 from store.study_file import load_study
 
 
@@ -75,13 +76,13 @@ def _ls(results: ResultStore, arguments: argparse.Namespace) -> int:
         print(json.dumps({"tables": listed, "studies": studies}, indent=1))
         return 0
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(f"{results.location}: {_bytes(sum(map(_size, tables.values())))}", highlight=False)
+    console.print(f"{results.location}: {spell_bytes(sum(map(_size, tables.values())))}", highlight=False)
     shown = Table(title="tables", title_justify="left")
     shown.add_column("table")
     for name in ("files", "rows", "size"):
         shown.add_column(name, justify="right")
     for table, commits in tables.items():
-        shown.add_row(table, f"{len(commits):,}", f"{_rows(commits):,}", _bytes(_size(commits)))
+        shown.add_row(table, f"{len(commits):,}", f"{_rows(commits):,}", spell_bytes(_size(commits)))
     console.print(shown)
     shown = Table(title="studies", title_justify="left")
     shown.add_column("study")
@@ -152,10 +153,10 @@ def _gc(results: ResultStore, arguments: argparse.Namespace) -> int:
     if arguments.delete:
         chosen, left = remove_unused(results, chosen)
     for item in chosen:
-        print(f"{item.place}  {_bytes(item.size)}  {item.why}")
+        print(f"{item.place}  {spell_bytes(item.size)}  {item.why}")
     if left:
         print(f"{len(left)} files were left: somebody has committed or replaced them since")
-    size = _bytes(sum(item.size for item in chosen))
+    size = spell_bytes(sum(item.size for item in chosen))
     if arguments.delete:
         print(f"removed {len(chosen)} files, {size}")
     elif chosen:
@@ -163,7 +164,7 @@ def _gc(results: ResultStore, arguments: argparse.Namespace) -> int:
     else:
         print("nothing to remove")
     if superseded and not arguments.superseded:
-        size = _bytes(sum(item.size for item in superseded))
+        size = spell_bytes(sum(item.size for item in superseded))
         print(f"besides, {len(superseded)} blocks ({size}) hold rows that no study here asks for, as after an edit")
         print("  --superseded lists them too; once they are removed, reverting the edit makes them again")
     return 0
