@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 
 from pipeline import selftest
+from pipeline.adapters import merged, unties
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.gguf_files import CONVERSION, converted, digest, find_gguf, quiet, text_parts
 from pipeline.selftest import Receipt
@@ -84,7 +84,7 @@ def load(ref: ModelRef, device: str | torch.device | None = None, self_test: boo
                 f"{absent[0]}; transformers would fill them with random numbers. Use a complete checkpoint"
             )
         if ref.adapter is not None:
-            model = _merged(model, ref)
+            model = merged(model, _adapter_folder(ref))
     model = model.to(torch.device(device) if device is not None else default_device())
     model = model.eval().requires_grad_(False)
     architecture = find_architecture(model)
@@ -171,6 +171,8 @@ def model_fingerprint(ref: ModelRef, weights: bool = True) -> str:
             parts["code"] = _digests(folder, ("*.py",))
     if ref.adapter is not None and weights:
         parts["adapter"] = _digests(_adapter_folder(ref), ADAPTER_FILES)
+        if unties(_adapter_folder(ref)):
+            parts["untied"] = True  # such adapters were merged into both of two tied weights before
     if ref.attn_implementation is not None:
         parts["attention"] = ref.attn_implementation
     return fingerprint(parts)
@@ -292,21 +294,6 @@ def compute_dtype(ref: ModelRef) -> str:
 def _digests(folder: Path, patterns: tuple[str, ...] | list[str]) -> dict[str, str]:
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return {path.relative_to(folder).as_posix(): digest(path) for path in paths}
-
-
-def _merged(model: Any, ref: ModelRef) -> Any:
-    """Add the adapter's changes to the weights in memory, so that blocks are found where they always are."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        # A key that the adapter's file lacks would leave that part of the adapter at its initial value.
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, _adapter_folder(ref))
-        if not hasattr(adapted, "merge_and_unload"):
-            raise ModelError(
-                f"adapter {ref.adapter}: its PEFT method cannot be merged into weights; use LoRA or similar"
-            )
-        return adapted.merge_and_unload(safe_merge=True)
 
 
 @contextmanager
