@@ -186,6 +186,16 @@ class Context:
         """The study's model with the date that its chat template is told, for rendering prompts."""
         return self.study.model if self.clock is None else self.study.model.model_copy(update={"date": self.clock[0]})
 
+    def rendered(self, prompt: Prompt) -> str:
+        """Return a prompt as the study's model reads it, generation prompt included.
+
+        Raises:
+            ModelError: if the chat template refuses it.
+        """
+        from pipeline.chat import render
+
+        return render(prompt, self.tokenizer, self.chat_model)
+
     def clock_line(self) -> str | None:
         """Return what a plan says about the date in the chat template."""
         if self.clock is not None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from jobs.context import Context
 from store.leaks import overlaps
-from store.prompts import PromptSet
+from store.prompts import Prompt, PromptSet
 
 
 def set_lines(context: Context) -> list[str]:
-    """Return a line for each prompt set, with what changed, and one for each pair of sets that share prompts."""
+    """Return a line for each prompt set, with what changed, and one for each pair of sets that share prompts.
+
+    Raises:
+        ModelError: if the chat template refuses a prompt of sets that are used together.
+    """
     changed = _changes(context)
     lines = []
     for name, prompts in context.prompt_sets.items():
@@ -16,7 +20,14 @@ def set_lines(context: Context) -> list[str]:
         said = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"prompts {name}: {len(prompts.prompts)}{said}")
     lines += [f"prompts {name}: waits: {why}" for name, why in context.pending_sets.items()]
-    return lines + [f"shared: {overlap}" for overlap in overlaps(context.study, context.prompt_sets)]
+    texts: dict[str, str] = {}
+
+    def rendered(prompt: Prompt) -> str:
+        if prompt.id not in texts:
+            texts[prompt.id] = context.rendered(prompt)
+        return texts[prompt.id]
+
+    return lines + [f"shared: {overlap}" for overlap in overlaps(context.study, context.prompt_sets, rendered)]
 
 
 def short_parts(context: Context) -> list[str]:

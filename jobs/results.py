@@ -151,6 +151,7 @@ def _gc(results: ResultStore, arguments: argparse.Namespace) -> int:
     chosen = [item for item in every if arguments.superseded or item.kind != "superseded"]
     left: list[Unused] = []
     if arguments.delete:
+        results.location.require_first_wins()  # what is committed in the moment of its removal is put back
         chosen, left = remove_unused(results, chosen)
     for item in chosen:
         print(f"{item.place}  {spell_bytes(item.size)}  {item.why}")

@@ -1,18 +1,18 @@
 """Prompts that sets share: what is refused (train with test, choices with what they report), and what a plan lists.
 
 Prompts count as shared if they have the same `Prompt.likeness`: the same messages but for space at the ends of texts,
-which most chat templates strip, and whatever their response.
+which most chat templates strip, and whatever their response. `overlaps` also takes what a chat template makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 from store.conditions import directions_used
 from store.errors import StudyError
-from store.prompts import PromptSet
+from store.prompts import Prompt, PromptSet
 from store.study import Study
 from store.study_choices import choices_of
 from store.study_directions import ancestors, reads
@@ -99,10 +99,10 @@ def _reported(study: Study, choice: str) -> set[str]:
     return names
 
 
-def _shared(one: PromptSet, other: PromptSet) -> int:
-    """Return how many prompts of `one` are in `other` as well."""
-    likenesses = {prompt.likeness for prompt in other.prompts}
-    return sum(prompt.likeness in likenesses for prompt in one.prompts)
+def _shared(one: PromptSet, other: PromptSet, rendered: Callable[[Prompt], str] = lambda prompt: prompt.id) -> int:
+    """Return how many prompts of `one` are in `other` as well: with the same likeness, or rendered to the same text."""
+    known = {key for prompt in other.prompts for key in (prompt.likeness, rendered(prompt))}
+    return sum(prompt.likeness in known or rendered(prompt) in known for prompt in one.prompts)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,15 @@ class Overlap:
         return text
 
 
-def overlaps(study: Study, sets: Mapping[str, PromptSet]) -> list[Overlap]:
+def overlaps(
+    study: Study, sets: Mapping[str, PromptSet], rendered: Callable[[Prompt], str] = lambda prompt: prompt.id
+) -> list[Overlap]:
     """Return every pair of prompt sets that one direction, choice or replay uses together and that share prompts.
 
     A replay uses the prompts that it replays and those that the directions of its interventions are computed from.
+
+    Args:
+        rendered: what a prompt is to the model; prompts for which it is equal are shared, whatever their likeness.
     """
     users: dict[tuple[str, str], dict[str, None]] = {}
     order = {name: place for place, name in enumerate(sets)}
@@ -134,7 +139,7 @@ def overlaps(study: Study, sets: Mapping[str, PromptSet]) -> list[Overlap]:
         known = sorted({name for name in names if name in sets}, key=lambda name: order[name])
         for pair in combinations(known, 2):
             users.setdefault(pair, {})[user] = None
-    counted = {pair: _shared(sets[pair[1]], sets[pair[0]]) for pair in users}
+    counted = {pair: _shared(sets[pair[1]], sets[pair[0]], rendered) for pair in users}
     return [Overlap(*pair, counted[pair], tuple(by)) for pair, by in users.items() if counted[pair]]
 
 

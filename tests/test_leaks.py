@@ -78,6 +78,12 @@ def opened(folder: Path, **changes: Any) -> Context:
     return Context(load_study(write(folder, **changes)))
 
 
+@pytest.fixture(autouse=True)
+def template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template that changes nothing; org/name has none."""
+    monkeypatch.setattr(Context, "rendered", lambda self, prompt: repr(prompt.messages))
+
+
 AXIS = {"method": "assistant_axis", "position": "prompt_end"}
 MATCHED = {"method": "random_matched", "seed": 1, "match_energy": "d"}
 
@@ -138,6 +144,14 @@ def test_sets_that_are_used_together_and_share_prompts_are_listed(tmp_path: Path
     context = opened(tmp_path, directions=directions, replay=replay, prompts=prompts)
     assert not any(line.startswith("shared: ") for line in set_lines(context))
     assert "prompts other: 35 (5 excluded)" in set_lines(context)
+
+
+def test_prompts_that_a_template_makes_equal_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directions = {"e": {"positive": "kind.positive", "negative": "kind.negative"}}
+    assert not any(line.startswith("shared: ") for line in set_lines(opened(tmp_path, directions=directions)))
+    monkeypatch.setattr(Context, "rendered", lambda self, prompt: prompt.text)  # as one that drops system prompts
+    lines = set_lines(opened(tmp_path, directions=directions))
+    assert "shared: kind.positive and kind.negative share 2 prompts (direction e)" in lines
 
 
 def test_an_unknown_set_to_exclude_is_named_with_its_line(tmp_path: Path) -> None:
