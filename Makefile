@@ -8,7 +8,7 @@ DEMO := studies/demo.yaml
 
 PAPER := studies/persona_gates_refusal.yaml
 
-.PHONY: demo reproduction test test-vllm lint organism benchmark benchmark-peers benchmark-store benchmark-vllm clean
+.PHONY: demo reproduction calibration test test-vllm lint organism benchmark benchmark-peers benchmark-store benchmark-vllm clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/resid run --study $(DEMO)
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 reproduction: $(VENV)/.installed
 	@$(BIN)/resid run --study $(PAPER)
 	@$(BIN)/resid reproduce --study $(PAPER) --output docs/reproduction.md
+
+# Error rates of tests and intervals by simulation, written into docs/statistics.md: some ten minutes.
+calibration: $(VENV)/.installed
+	$(BIN)/python -m analysis.calibration docs/statistics.md
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile

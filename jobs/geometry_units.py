@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from analysis.directions import MeansTask
+from analysis.directions import derived_key
 from analysis.explained_variance import ExplainedVarianceUnit, explained_variance_units
-from analysis.nulls import CosineNullsUnit, cosine_nulls_units
+from analysis.nulls import CosineNullsUnit, Recipe, cosine_nulls_units
 from analysis.separability import SeparabilityUnit, separability_units
 from jobs.context import Context
 from jobs.direction_tasks import make_task
 from store.directions import Direction
-from store.errors import MissingDataError
+from store.errors import MissingDataError, StudyError
 from store.layers import resolve_layers
-from store.study_directions import DifferenceOfMeans, RandomMatched, Reading, ancestors, reads
+from store.study_directions import Derived, RandomMatched, Reading, ancestors, reads, references
+from store.yaml_file import where
 
 GeometryUnit = ExplainedVarianceUnit | CosineNullsUnit | SeparabilityUnit
 
@@ -44,9 +45,12 @@ def wanted_units(
     if geometry.cosine_nulls is not None:
         nulls = geometry.cosine_nulls
         mine = named("cosine_nulls", nulls.directions)
-        tasks = _means_tasks(context, mine)
+        recipes = _recipes(context, mine, directions)
+        others = [directions[name] for name in recipes if name not in mine]
         layers = resolve_layers(nulls.layers, n_layers)
-        units += [("", unit) for unit in cosine_nulls_units(mine, tasks, layers, nulls.resamples, nulls.seed)]
+        groups = None if nulls.groups is None else _groups(context, nulls.groups, list(mine))
+        found_nulls = cosine_nulls_units(mine, recipes, layers, nulls.resamples, nulls.seed, groups, others)
+        units += [("", unit) for unit in found_nulls]
     for name, separability in geometry.separability.items():
         key = f"separability.{name}"
         mine = named(key, separability.directions)
@@ -97,15 +101,60 @@ def _prompts(context: Context, sets: Sequence[str], responses: str | None, keep:
     }
 
 
-def _means_tasks(context: Context, directions: Mapping[str, Direction]) -> dict[str, MeansTask]:
-    """Return how those of the directions are computed that are differences of means of cached rows, as they are now."""
-    tasks = {}
-    for name, direction in directions.items():
-        if isinstance(context.study.directions[name], DifferenceOfMeans):
+def _recipes(
+    context: Context, wanted: Mapping[str, Direction], directions: Mapping[str, Direction]
+) -> dict[str, Recipe]:
+    """Return how the wanted directions, and those that they are computed from, are computed now.
+
+    A direction that is not computed in this way any more has no recipe: its vector stays as it is.
+    """
+    recipes: dict[str, Recipe] = {}
+
+    def add(name: str) -> bool:
+        if name in recipes:
+            return True
+        spec, direction = context.study.directions[name], directions.get(name)
+        if direction is None:
+            return False
+        if isinstance(spec, Reading):
             try:
                 task = make_task(context, [name])
             except MissingDataError:
-                continue
-            if isinstance(task, MeansTask) and task.key == direction.key:
-                tasks[name] = task
-    return tasks
+                return False
+            if task.keys[name] == direction.key:
+                recipes[name] = task
+        elif isinstance(spec, Derived):
+            parents = [other for _, other in references(spec)]
+            known = [add(other) or other in directions for other in parents]
+            if all(known) and derived_key(spec, {other: directions[other] for other in parents}) == direction.key:
+                recipes[name] = spec
+        return name in recipes
+
+    for name in wanted:
+        add(name)
+    return recipes
+
+
+def _groups(context: Context, tag: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the group of each row that the directions are computed from.
+
+    Raises:
+        StudyError: if no prompt has the tag.
+    """
+    groups: dict[str, str] = {}
+    for name in names:
+        for spec in ancestors(context.study.directions, name):
+            if isinstance(spec, Reading):
+                for prompts in {item for _, sets in reads(spec) for item in sets}:
+                    for prompt, rows in context.prompt_rows(prompts, spec.responses, spec.keep):
+                        if tag in prompt.tags:
+                            groups |= dict.fromkeys(rows, prompt.tags[tag])
+    if not groups:
+        key = "geometry.cosine_nulls.groups"
+        raise StudyError(
+            f"no prompt of the directions has the tag {tag!r}",
+            file=where(context.study.file, key),
+            key=key,
+            remedy="name a column of the prompt sets under columns: tags",
+        )
+    return groups

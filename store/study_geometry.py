@@ -47,10 +47,14 @@ class ExplainedVarianceSpec(Resampled):
 
 
 class CosineNullsSpec(Resampled):
-    """Cosines of all pairs beside those of random directions, and of directions from permuted labels."""
+    """Cosines of all pairs beside those of random directions, and of directions from permuted labels.
+
+    ``groups`` names a tag of the prompts: rows with one value of it are not independent and are exchanged together.
+    """
 
     directions: Literal["all"] | Listed = "all"
     layers: Layers = "all"
+    groups: str | None = None
 
 
 class SeparabilitySpec(Resampled):

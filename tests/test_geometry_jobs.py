@@ -106,7 +106,7 @@ def test_families_and_analyses_come_out_of_the_cache(project: Project, resid: Re
     assert counts == {
         "alignments": len(layers) ** 2,
         "explained_variance": 4 * len(layers),
-        "cosine_nulls": 2 * (6 + 3),
+        "cosine_nulls": 2 * (6 + 6),
         "separability": len(layers) * (4 + 1),
     }
     seen = project.ask("SELECT DISTINCT analysis, held_out, n_training FROM separability ORDER BY ALL")
