@@ -16,6 +16,7 @@ from store.dtypes import DTypeName
 from store.errors import MissingDataError, StudyError
 from store.fingerprint import canonical, canonical_json, short
 from store.layers import resolve_layers
+from store.prompts import Prompt
 from store.rows import Row
 from store.study import CaptureEntry
 from store.study_layers import check_layers
@@ -32,21 +33,30 @@ class CaptureInputs:
         self.memberships: dict[tuple[str, str, str, str | None], None] = {}  # set, prompt id, row key, responses
         self.rows: dict[str, Row] = {}
         self.waiting: list[str] = []
+        self.pending: list[CaptureEntry] = []  # entries that wait
         self.notes: list[str] = []
         self._rendered: dict[tuple[str, bool], Row] = {}
         self._generated: dict[str, dict[str, list[Row]]] = {}  # condition -> prompt id -> rows
+        self._generation_of: dict[str, str] = {}  # row key -> the generation that its response came from
+        context.render(self)
         check_layers(context.study, context.identity.n_layers)
         for index, entry in enumerate(context.study.capture):
+            before = len(self.waiting)
             self._add(index, entry)
+            if len(self.waiting) > before:
+                self.pending.append(entry)
 
     def prompt_row(self, prompt_id: str, with_response: bool) -> Row:
         """Render a prompt of the study, once."""
+        return self.render(self.context.prompts_by_id[prompt_id], with_response)
+
+    def render(self, prompt: Prompt, with_response: bool) -> Row:
+        """Render a prompt, once."""
         from pipeline.chat import prompt_row
 
-        key = (prompt_id, with_response)
+        key = (prompt.id, with_response)
         if key not in self._rendered:
             context = self.context
-            prompt = context.prompts_by_id[prompt_id]
             self._rendered[key] = prompt_row(
                 prompt,
                 context.tokenizer,
@@ -55,6 +65,22 @@ class CaptureInputs:
                 with_response=with_response,
             )
         return self._rendered[key]
+
+    def rows_of(self, name: str, responses: str | None) -> dict[str, list[str]]:
+        """Return prompt id -> row keys of one prompt set, "" for a response without tokens, where they can be made."""
+        prompts = [prompt for _, prompt in self.context.prompts_of([name])]
+        if responses is None:
+            return {prompt.id: [self.render(prompt, with_response=True).key] for prompt in prompts}
+        generated = self._responses(responses)
+        return {
+            prompt.id: [row.key for row in generated[prompt.id] if row.spans.has_response] or [""]
+            for prompt in prompts
+            if prompt.id in generated
+        }
+
+    def generation_of(self, row_key: str) -> str | None:
+        """Return the generation that a row's response came from."""
+        return self._generation_of.get(row_key)
 
     def _add(self, index: int, entry: CaptureEntry) -> None:
         context, key = self.context, f"capture[{index}]"
@@ -141,7 +167,10 @@ class CaptureInputs:
         from jobs.replay import generated_responses
 
         if condition not in self._generated:
-            self._generated[condition] = generated_responses(self.context, condition, self)
+            rows = generated_responses(self.context, condition, self)
+            self._generated[condition] = rows
+            every = [row for group in rows.values() for row in group]
+            self._generation_of |= {row.key: row.generation_key for row in every if row.generation_key}
         return self._generated[condition]
 
     def remember_sets(self, store: ModelStore) -> None:
@@ -215,8 +244,11 @@ class CaptureInputs:
             "family": context.identity.family,
             "receipt": context.receipt(),
         }
+        pairs = sorted({(name, source) for name, _, _, source in self.memberships if source is not None})
+        stamps = [[name, source, context.feed(source).stamp(name)] for name, source in pairs]
         for table, records in (("prompts", prompts), ("rows", rows), ("memberships", members)):
-            context.results.replace(table, study, table_of(table, records))
+            read = {"responses": stamps} if table == "memberships" else None
+            context.results.replace(table, study, table_of(table, records), provenance=read)
         context.results.replace("models", short(model), table_of("models", [record]))
         context.remember_model()
         context.forget_memberships()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from analysis.choices import TIES, Measured, Ranking, choose
-from jobs.context import Context, table_of
+from jobs.context import Context, ModelIdentity, table_of
 from jobs.outcomes import Outcomes
 from store.conditions import Condition
 from store.fingerprint import canonical_json, fingerprint
@@ -23,7 +23,7 @@ from store.study_expand import expand
 from store.study_select import Outcome, Selection
 
 if TYPE_CHECKING:
-    from jobs.replay import Wanted
+    from jobs.asked import Wanted
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,16 @@ class Choice:
 class Chooser:
     """Makes a study's choices, one after the other where one depends on another."""
 
-    def __init__(self, context: Context, texts: Callable[[Condition], Iterable[Wanted]]):
-        self.context, self._texts = context, texts
+    def __init__(
+        self, context: Context, texts: Callable[[Condition], Iterable[Wanted]], model: ModelIdentity | None = None
+    ):
+        """`model` is that of the study; None where nothing is known of it yet, and nothing can be chosen."""
+        self.context, self._texts, self.model = context, texts, model
         self.made: dict[str, Choice] = {}
         self.waiting: dict[str, str] = {}  # choice -> what it waits for
         for name, selection in context.study.select.items():
-            if selection.given is not None:
-                values = settled(name, selection.given, context.identity.n_layers)
+            if selection.given is not None and model is not None:
+                values = settled(name, selection.given, model.n_layers)
                 key = fingerprint({"given": values})
                 self.made[name] = Choice(name, key, selection, "given", None, selection.given, values, None, 0, {})
 
@@ -73,6 +76,7 @@ class Chooser:
     def _make(self, name: str, selection: Selection, conditions: Mapping[str, Condition], outcomes: Outcomes) -> None:
         replay = self.context.study.replay
         assert replay is not None
+        assert self.model is not None
         assert selection.of is not None
         candidates = {item.name: item.variables for item in expand(selection.of, replay.conditions[selection.of])}
         absent = [one for one in (*candidates, selection.against) if one not in conditions]
@@ -120,7 +124,7 @@ class Chooser:
             status=status,
             condition=None if winner is None else winner.condition,
             variables=variables,
-            values=settled(name, variables, self.context.identity.n_layers),
+            values=settled(name, variables, self.model.n_layers),
             ranking=ranking,
             n_prompts=len({item for one in selection.prompts for item in prompts[one]}),
             judges=outcomes.judges,
@@ -151,7 +155,8 @@ class Chooser:
         if not study.select:
             return
         choices = [
-            _choice_record(study.name, self.context.identity.fingerprint, study.replay, c) for c in self.made.values()
+            _choice_record(study.name, self.context.recalled_model().fingerprint, study.replay, choice)
+            for choice in self.made.values()
         ]
         candidates = [record for choice in self.made.values() for record in _candidate_records(study.name, choice)]
         results.replace("choices", study.name, table_of("choices", choices))

@@ -66,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     from jobs import plan, report, reproduce, results, run, sql, store, traits, verify
+    from jobs.freshness import tell_stale
 
     command: str = arguments.command
     if command in STAGES:
         return run_one(command, arguments)
     if command == "sql":
         study = load_study(arguments.study) if arguments.study else None
+        if study is not None:
+            tell_stale(study, arguments.results)
         places = [Location.of(verify.place(what, getattr(arguments, what), study)) for what in ("results", "store")]
         return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run, "store": store.run}

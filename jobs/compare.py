@@ -13,6 +13,7 @@ from jobs.outcomes import Outcomes
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
+from store.fingerprint import fingerprint
 from store.sql import connect
 from store.study_checks import Side, controls_of, pairs
 from store.study_expand import expand_conditions
@@ -58,8 +59,9 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     if not plan and not before.num_rows:
         return report
     model = context.recalled_model().fingerprint
-    outcomes, texts = Outcomes(context), _texts(context, model)
+    outcomes, texts = Outcomes(context), texts_of(context, model)
     records: list[dict[str, Any]] = []
+    keys: list[str] = []
     families: dict[tuple[str, str], int] = {}
     for item in plan:
         judge = outcomes.refusal_judge(item.spec.judge, f"comparisons.{item.name}")
@@ -69,6 +71,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
             report.waiting.append(f"comparison {item.name!r}: {record}")
         else:
             records.append({**record, "model": model, "judge_version": outcomes.judges[judge]})
+            keys.append(comparison_key(item, judge, outcomes, texts))
     for (family, judge), size in families.items():
         members = [record for record in records if (record["family"], record["judge"]) == (family, judge)]
         reported = [record["p_reported"] for record in members]
@@ -77,15 +80,51 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
         for record, p_holm, p_bh in zip(members, by_holm, by_bh, strict=True):
             record.update(n_family=size, p_holm=p_holm, p_bh=p_bh)
     table = table_of("comparisons", records)
-    if before.equals(table):
-        report.cached = len(records)
-    else:
-        context.results.replace("comparisons", context.study.name, table)
-        report.done = len(records)
+    known = known_keys(context)
+    same = before.equals(table)
+    report.cached = len(keys) if same else sum(key in known for key in keys)
+    report.done = len(keys) - report.cached
+    if not same or set(keys) != known:
+        context.results.replace("comparisons", context.study.name, table, provenance={"keys": keys})
     return report
 
 
-def _texts(context: Context, model: str) -> Texts:
+def known_keys(context: Context) -> set[str]:
+    """Return the keys of the study's comparisons, as they were last written."""
+    commit = context.results.current("comparisons", context.study.name)
+    return set() if commit is None else set(commit.provenance.get("keys", ()))
+
+
+def comparison_key(item: Planned, judge: str, outcomes: Outcomes, texts: Texts, predicted: bool = False) -> str:
+    """Identify a comparison by all that it is computed from: rule, texts, and judges; with `predicted`, all scored."""
+    sides = [[texts.get((name, item.prompt_set), {}) for name in side.members] for side in (item.first, item.second)]
+    keys = {key for side in sides for prompts in side for group in prompts.values() for key in group}
+    lacking = [key or "" for key in keys if key is None or outcomes.of(key, item.spec.outcome, judge) is None]
+    measures = outcomes.measures
+    return fingerprint(
+        {
+            "name": item.name,
+            "family": item.spec.family,
+            "outcome": item.spec.outcome,
+            "sides": [item.first.name, item.second.name],
+            "prompt_set": item.prompt_set,
+            "judges": {
+                name: version
+                for name, version in outcomes.judges.items()
+                if name == judge or measures[name] == "degenerate"
+            },
+            "judge": judge,
+            "texts": [
+                [{prompt: sorted(key or "" for key in group) for prompt, group in one.items()} for one in side]
+                for side in sides
+            ],
+            "lacking": [] if predicted else sorted(lacking),
+        }
+    )
+
+
+def texts_of(context: Context, model: str) -> Texts:
+    """Return which texts each condition has to each prompt, as the last replay asked for them."""
     connection = connect(context.results.location)
     try:
         table = connection.sql(_ASKED, params={"study": context.study.name, "model": model}).to_arrow_table()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,6 +29,11 @@ from store.study import Study
 from store.study_traits import parse_trait_set
 from store.traits import trait_prompt_sets
 from store.yaml_file import where
+
+if TYPE_CHECKING:
+    from jobs.asked import AskedTexts
+    from jobs.capture import CaptureInputs
+    from jobs.direction_states import DirectionStates
 
 RESPONSES = "responses"
 
@@ -71,6 +76,7 @@ class Context:
         self.study, self.only_planning = study, only_planning
         # (generation key, judge, version) -> why a judge gave no score since this was opened: it is not asked again
         self.asked_in_vain: dict[tuple[str, str, str], str] = {}
+        self.inputs: CaptureInputs | None = None  # where the rows come from; None: from what the last capture wrote
         self.store = ActivationStore.open(data_location(study.store, "store", study.file))
         self.results = ResultStore(data_location(study.results, "results", study.file))
 
@@ -120,9 +126,53 @@ class Context:
         return self.prompt_sets[name]
 
     def forget_answers(self) -> None:
-        """Read answers and scores anew: another stage may have written some."""
-        for name in ("answers", "_user_sets", "prompt_sets", "prompts_by_id"):
+        """Read answers, scores and the states of directions anew: another stage may have written some."""
+        self.inputs = None
+        self._forget()
+        self.forget_memberships()
+
+    def render(self, inputs: CaptureInputs) -> None:
+        """Take the study's rows from what `inputs` renders now, instead of from what the last capture wrote."""
+        self.inputs = inputs
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in ("answers", "_user_sets", "prompt_sets", "prompts_by_id", "directions", "_feeds", "_row_of"):
             self.__dict__.pop(name, None)
+
+    # -- what depends on more than one stage -------------------------------------------------------------------
+
+    @cached_property
+    def directions(self) -> DirectionStates:
+        """The state of each direction of the study, as of now; see `forget_answers`."""
+        from jobs.direction_states import DirectionStates
+
+        return DirectionStates(self)
+
+    @cached_property
+    def _feeds(self) -> dict[str, AskedTexts]:
+        return {}
+
+    def feed(self, condition: str) -> AskedTexts:
+        """Return what the study asks for now under one condition whose texts are captured."""
+        from jobs.asked import AskedTexts
+
+        if condition not in self._feeds:
+            self._feeds[condition] = AskedTexts(self, only=condition)
+        return self._feeds[condition]
+
+    @cached_property
+    def _row_of(self) -> dict[str, str]:
+        """Prompt id -> its row without a response, as the last replay of this study and model wrote it."""
+        filters = [("study", "=", self.study.name), ("model", "=", self.recalled_model().fingerprint)]
+        table = self.results.read("replay_rows", columns=["prompt_id", "row_key"], filters=filters)
+        return dict(zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True))
+
+    def row_key(self, prompt: Prompt) -> str:
+        """Return the key of a prompt's row without a response; "" where no replay has rendered it yet."""
+        if self.inputs is not None:
+            return self.inputs.render(prompt, with_response=False).key
+        return self._row_of.get(prompt.id, "")
 
     @cached_property
     def prompts_by_id(self) -> dict[str, Prompt]:
@@ -224,15 +274,18 @@ class Context:
         Raises:
             MissingDataError: if nothing was captured yet, or the study names another model since.
         """
+        if self.inputs is not None:
+            return self.identity
         try:
             record = json.loads(self._note.read_bytes())
         except FileNotFoundError:
             raise MissingDataError(
-                f"study {self.study.name!r} has captured nothing yet\n  {self.remedy('capture')}"
+                f"study {self.study.name!r} has captured nothing yet\n  {self.remedy('capture')}", "capture"
             ) from None
         if record["ref"] != canonical(self.study.model):
             raise MissingDataError(
-                f"the model section of {self.study.file} has changed since the capture\n  {self.remedy('capture')}"
+                f"the model section of {self.study.file} has changed since the capture\n  {self.remedy('capture')}",
+                "capture",
             )
         return ModelIdentity(**record["identity"])
 
@@ -259,7 +312,7 @@ class Context:
 
     def forget_memberships(self) -> None:
         """Read memberships anew: a capture has written them."""
-        for name in ("_memberships", "_generation_of"):
+        for name in ("_memberships", "_generation_of", "_stamps"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -298,28 +351,74 @@ class Context:
         Raises:
             MissingDataError: as `row_texts`.
         """
-        rows = self._memberships.get((name, responses), {})
         prompts = self.prompt_set(name).prompts
+        if responses is not None:
+            self._require_texts(name, responses)
+        rows = self._rows_of(name, responses)
         for prompt in prompts:
             if prompt.id not in rows:
                 what = f"responses of {responses!r} to " if responses else ""
                 raise MissingDataError(
-                    f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}"
+                    f"no row of {what}prompt {prompt.id[:16]} of {name!r} is known\n  {self.remedy('capture')}",
+                    "capture",
                 )
         parsed = parse_trait_set(name)
         user = parsed is not None and parsed.family == "user"
         chosen: frozenset[str] | None = None
         if keep is not None and parsed is not None and not user and responses is not None:
             chosen = self.answers.kept(parsed.trait, parsed.side, responses).keys
-            known = {self._generation_of.get(key) for prompt in prompts for key in rows[prompt.id]}
+            known = {self._generation(key) for prompt in prompts for key in rows[prompt.id]}
             if not chosen <= known:
                 raise MissingDataError(
                     f"{len(chosen - known)} answers of {responses!r} to {name!r} that count are not captured\n  "
-                    f"{self.remedy('capture')}"
+                    f"{self.remedy('capture')}",
+                    "capture",
                 )
         for prompt in prompts:
             # An empty key stands for a generated response without tokens: there is nothing to read of it.
-            yield prompt, [k for k in rows[prompt.id] if k and (chosen is None or self._generation_of.get(k) in chosen)]
+            yield prompt, [k for k in rows[prompt.id] if k and (chosen is None or self._generation(k) in chosen)]
+
+    def _rows_of(self, name: str, responses: str | None) -> Mapping[str, list[str]]:
+        """Return prompt id -> row keys of one prompt set: as rendered now, or as the last capture wrote them.
+
+        Raises:
+            MissingDataError: if the rows that were captured are of other responses than those asked for now.
+        """
+        if self.inputs is not None:
+            return self.inputs.rows_of(name, responses)
+        if responses is not None:
+            stamp = self._stamps.get((name, responses))
+            if stamp is not None and stamp != self.feed(responses).stamp(name):
+                raise MissingDataError(
+                    f"the responses of {responses!r} to {name!r} have changed since the capture\n  "
+                    f"{self.remedy('capture')}",
+                    "capture",
+                )
+        return self._memberships.get((name, responses), {})
+
+    def _require_texts(self, name: str, responses: str) -> None:
+        """Check that the responses to a prompt set that the study asks for now are all there.
+
+        Raises:
+            MissingDataError: if not.
+        """
+        left, stage = self.feed(responses).lacking(name)
+        if left:
+            raise MissingDataError(
+                f"{left} answers of {responses!r} to {name!r} are not generated yet\n  {self.remedy('replay')}", stage
+            )
+
+    def _generation(self, row_key: str) -> str | None:
+        if self.inputs is not None:
+            return self.inputs.generation_of(row_key)
+        return self._generation_of.get(row_key)
+
+    @cached_property
+    def _stamps(self) -> dict[tuple[str, str], str]:
+        """(prompt set, condition) -> which responses to it the last capture of this study read."""
+        commit = self.results.current("memberships", self.study.name)
+        stamps = [] if commit is None else commit.provenance.get("responses", [])
+        return {(name, condition): stamp for name, condition, stamp in stamps}
 
 
 @dataclass(frozen=True)

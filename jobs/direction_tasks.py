@@ -39,6 +39,13 @@ def task_groups(specs: Mapping[str, DirectionSpec]) -> list[list[str]]:
     return list(groups.values())
 
 
+def task_rows(task: Task) -> tuple[str, ...]:
+    """Return the keys of all rows that a task reads, each once."""
+    if isinstance(task, AxisTask):
+        return tuple(dict.fromkeys(row for _, rows in (*task.default, *task.roles) for row in rows))
+    return tuple(dict.fromkeys((*task.positive, *task.negative)))
+
+
 def only(task: Task, names: Sequence[str]) -> Task:
     """Return the task for some of its directions."""
     if isinstance(task, ComponentsTask):

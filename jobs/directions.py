@@ -2,115 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pyarrow as pa
 
 from analysis.directions import derive, derived_key
-from analysis.energy import EnergyRows, energy_matched, energy_matched_key
 from jobs.context import Context, StageReport
-from jobs.direction_tasks import Task, compute_task, make_task, only, task_groups
+from jobs.direction_states import DirectionStates, block_of
+from jobs.direction_tasks import Task, compute_task, only
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
-from store.directions import Direction, directions_from_table
+from store.directions import Direction
 from store.errors import MissingDataError
 from store.schemas import TABLES
-from store.study_directions import RandomMatched, Reading, references
-
-
-def known_directions(context: Context) -> dict[str, Direction]:
-    """Return the directions that this study has computed for its present model, by name."""
-    table = context.results.read("directions", filters=[("study", "=", context.study.name)])
-    model = context.recalled_model().fingerprint
-    found = directions_from_table(table)
-    return {name: direction for name, direction in found.items() if direction.model == model}
-
-
-def current_directions(context: Context) -> tuple[dict[str, Direction], list[Task], dict[str, str]]:
-    """Compare the study's directions with those computed before.
-
-    Returns:
-        Those that are up to date, what to compute from cached rows, and what others wait for, by name. A derived
-        direction is computed at once when its parents are there.
-    """
-    known = known_directions(context)
-    current: dict[str, Direction] = {}
-    tasks: list[Task] = []
-    waiting: dict[str, str] = {}
-    for names in task_groups(context.study.directions):
-        try:
-            task = make_task(context, names)
-        except MissingDataError as error:
-            waiting.update(dict.fromkeys(names, str(error).splitlines()[0]))
-            continue
-        same = [name for name in names if name in known and known[name].key == task.keys[name]]
-        current.update({name: known[name] for name in same})
-        if len(same) < len(names):
-            tasks.append(only(task, [name for name in names if name not in same]))
-    waiting |= _derive(context, known, current)
-    return current, tasks, waiting
-
-
-def _derive(context: Context, known: Mapping[str, Direction], current: dict[str, Direction]) -> dict[str, str]:
-    """Add every derived direction whose parents are current; one with the same key as before is taken as it is.
-
-    Returns:
-        What those wait for that need rows which are not captured yet, by name.
-    """
-    waiting: dict[str, str] = {}
-    progressed = True
-    while progressed:
-        progressed = False
-        for name, spec in context.study.directions.items():
-            if name in current or name in waiting or isinstance(spec, Reading):
-                continue
-            needed = {other for _, other in references(spec)}
-            if not needed <= set(current):
-                continue
-            progressed = True
-            parents = {other: current[other] for other in needed}
-            if not isinstance(spec, RandomMatched):
-                same = name in known and known[name].key == derived_key(spec, parents)
-                current[name] = known[name] if same else derive(name, spec, parents)
-                continue
-            parent = parents[spec.match_energy]
-            assert spec.seed is not None
-            try:
-                keys = tuple(context.row_texts(spec.prompts, spec.responses, spec.keep))
-                rows = EnergyRows(str(context.store.location), keys, spec.position)
-                same = name in known and known[name].key == energy_matched_key(spec.seed, parent, rows)
-                current[name] = known[name] if same else energy_matched(name, spec.seed, parent, rows)
-            except MissingDataError as error:
-                waiting[name] = str(error).splitlines()[0]
-    return waiting
+from store.study_directions import RandomMatched, Reading
 
 
 def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
-    """Compute the directions that are new or whose inputs changed."""
+    """Compute the directions that are not there yet, and make the table `directions` the current ones.
+
+    What was computed before, also by an older version of the study, is found again by its key.
+    """
     specs = context.study.directions
     report = StageReport("directions", unit="directions")
-    if not specs:
+    states = context.directions
+    before = states.stored
+    if not specs and not before:
         return report
-    before = known_directions(context)
-    current, tasks, waiting = current_directions(context)
+    context.recalled_model()  # nothing can be told without a capture of this very model
+    every = states.all()
+    current = states.current()
+    report.cached = len(current)
+    waiting = {name: state.why for name, state in every.items() if state.status == "waits"}
+    tasks = _tasks(states)
     with progress.task("directions", len(tasks), "directions") if tasks else progress.nothing() as advance:
         for task, result in zip(tasks, cpu_map(cluster, compute, tasks), strict=True):
             if isinstance(result, str):
                 waiting.update(dict.fromkeys(task.keys, result))
             else:
+                result = {name: _noted(states, direction, current) for name, direction in result.items()}
+                keep(context, result.values())
                 current.update(result)
             advance(1)
-    waiting |= _derive(context, before, current)
+    report.cached += _derive(context, current, waiting)
     for name in specs:
         if name not in current and name not in waiting:
             waiting[name] = "it waits for the directions that it is computed from"
-    report.done = sum(name not in before or before[name].key != item.key for name, item in current.items())
-    report.cached = len(current) - report.done
-    report.waiting = [f"direction {name!r}: {why}" for name, why in waiting.items()]
-    if report.done or set(before) - set(current):
+    report.done = len(current) - report.cached
+    report.waiting = [f"direction {name!r}: {why}" for name, why in waiting.items() if name not in current]
+    if _listing(before.values()) != _listing(current[name] for name in specs if name in current):
+        keep(context, before.values())  # results of older versions of resid have them in this table alone
         write(context, current)
     return report
+
+
+def _tasks(states: DirectionStates) -> list[Task]:
+    """Return what computes the directions that are ready to be computed from rows, family by family."""
+    tasks: dict[int, tuple[Task, list[str]]] = {}
+    for name, state in states.all().items():
+        if state.status == "ready" and state.task is not None:
+            tasks.setdefault(id(state.task), (state.task, []))[1].append(name)
+    return [only(task, names) for task, names in tasks.values()]
+
+
+def _derive(context: Context, current: dict[str, Direction], waiting: dict[str, str]) -> int:
+    """Add every direction that is computed from others and whose parents are current; note what lacks rows.
+
+    Returns:
+        How many of those added were computed before.
+    """
+    states = context.directions
+    stored = 0
+    progressed = True
+    while progressed:
+        progressed = False
+        for name, spec in context.study.directions.items():
+            if name in current or isinstance(spec, Reading) or not states.parents(name) <= set(current):
+                continue
+            parents = {other: current[other] for other in states.parents(name)}
+            try:
+                if isinstance(spec, RandomMatched):
+                    found = states.matched(name, spec, parents[spec.match_energy])
+                else:
+                    found = states.by_key(derived_key(spec, parents)) or derive(name, spec, parents)
+            except MissingDataError as error:
+                waiting[name] = str(error).splitlines()[0]
+                continue
+            if "made_from" not in (found.provenance or {}):
+                found = _noted(states, found, current)
+            current[name] = replace(found, name=name)
+            stored += states.by_key(found.key) is not None
+            keep(context, [current[name]])
+            progressed = True
+    return stored
+
+
+def _listing(directions: Iterable[Direction]) -> list[tuple[str, str]]:
+    return [(direction.name, direction.key) for direction in directions]
+
+
+def keep(context: Context, directions: Iterable[Direction]) -> None:
+    """Keep vectors under their keys, for good; those that are kept already stay as they are."""
+    for direction in directions:
+        table = direction.to_table(context.study.name)
+        context.results.write_block("computed_directions", block_of(direction.key), table)
+
+
+def _noted(states: DirectionStates, direction: Direction, current: Mapping[str, Direction]) -> Direction:
+    """Return a direction with what it was computed from in its provenance, for a later edit to say what changed."""
+    made_from = states.made_from(direction.name, current)
+    return replace(direction, provenance={**(direction.provenance or {}), "made_from": made_from})
 
 
 def compute(task: Task) -> dict[str, Direction] | str:

@@ -9,19 +9,22 @@ import pyarrow as pa
 
 from analysis.geometry import ProjectionBlock, alignments_table, cosines_table, projection_blocks, projections
 from jobs.context import Context, StageReport, table_of
-from jobs.directions import known_directions
 from jobs.geometry_units import GeometryUnit, wanted_units
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
 from store.directions import Direction
 from store.errors import MissingDataError
+from store.model_store import ModelStore
 
 
 def pending_projections(
-    context: Context, directions: dict[str, Direction]
+    context: Context, directions: dict[str, Direction], store: ModelStore | None = None
 ) -> tuple[list[list[ProjectionBlock]], int, list[str]]:
-    """Return projection blocks to compute, grouped by the store block they read; how many are there; what waits."""
+    """Return projection blocks to compute, grouped by the store block they read; how many are there; what waits.
+
+    `store` is where the rows are looked up: the model's store as it is, or as it will be.
+    """
     committed = context.results.committed("projections")
     blocks: dict[str, ProjectionBlock] = {}
     waiting: list[str] = []
@@ -36,7 +39,7 @@ def pending_projections(
             mine = [direction for direction in ready if direction.component == component]
             try:
                 keys = context.row_keys(spec.prompts, spec.responses, spec.keep)
-                selection = context.store.model(model).select(keys, component, spec.position)
+                selection = (store or context.store.model(model)).select(keys, component, spec.position)
             except MissingDataError as error:
                 waiting.append(f"geometry.projections[{index}]: {str(error).splitlines()[0]}")
                 continue
@@ -54,9 +57,10 @@ def compute(group: Sequence[ProjectionBlock]) -> dict[str, pa.Table]:
 def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     """Compute cosines anew (they take no time) and the projections that are missing."""
     report = StageReport("geometry", unit="blocks")
-    directions = known_directions(context)
-    if not directions:
+    if not context.study.directions and not context.directions.stored:
         return report
+    context.recalled_model()
+    directions = context.directions.current()
     chosen = context.study.geometry.cosines
     named = [directions[name] for name in (directions if chosen == "all" else chosen) if name in directions]
     context.results.replace("cosines", context.study.name, cosines_table(context.study.name, named))

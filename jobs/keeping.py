@@ -11,12 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jobs.judging import StudyJudge, judges_of_trait, study_judges, trait_of
-from store.conditions import decoding_of, interventions_text, seeds_of
 from store.errors import MissingDataError, StudyError
-from store.fingerprint import canonical_json
 from store.prompts import PromptSet
 from store.sql import connect
-from store.study_expand import expand_conditions
 from store.study_traits import SIDES, Side, parse_trait_set, trait_set_name
 from store.traits import Answer, user_prompt_set
 from store.yaml_file import where
@@ -66,47 +63,23 @@ class Answers:
     def __init__(self, context: Context):
         self.context = context
         self._kept: dict[tuple[str, Side, str], Kept] = {}
+        self._text_of: dict[str, dict[str, str]] = {}
 
     @cached_property
     def judges(self) -> list[StudyJudge]:
         return study_judges(self.context.study)
 
-    @cached_property
-    def _texts(self) -> dict[tuple[str, str], dict[tuple[str, int], tuple[str, str]]]:
-        """(condition, prompt set) -> (prompt id, seed) -> (generation key, text), as the last replay asked for them.
-
-        Conditions of an older self of the study are left out.
-        """
-        context, study = self.context, self.context.study
-        assert study.replay is not None
-        try:
-            model = context.recalled_model().fingerprint
-        except MissingDataError:  # nothing was done with this model yet
-            return {}
-        sets = [trait_set_name(trait, "model", side) for trait in study.traits for side in SIDES]
-        asked = {
-            (one.name, interventions_text(one.spec), canonical_json(decoding_of(study.replay, one.spec)))
-            for one in expand_conditions(study.replay)
-        }
-        parameters = {"study": study.name, "model": model, "sets": sets}
-        connection = connect(context.results.location)
-        try:
-            current = connection.execute(
-                "SELECT condition, interventions, decoding FROM conditions WHERE study = $study", {"study": study.name}
-            ).fetchall()
-            rows = connection.execute(
-                "SELECT condition, prompt_set, prompt_id, seed, generation_key, text FROM generations "
-                "WHERE study = $study AND model = $model AND prompt_set IN (SELECT unnest($sets))",
-                parameters,
-            ).fetchall()
-        finally:
-            connection.close()
-        valid = {record[0] for record in current if record in asked}
-        found: dict[tuple[str, str], dict[tuple[str, int], tuple[str, str]]] = {}
-        for condition, name, prompt_id, seed, key, text in rows:
-            if condition in valid:
-                found.setdefault((condition, name), {})[(prompt_id, seed)] = (key, text)
-        return found
+    def _texts(self, condition: str) -> dict[str, str]:
+        """Generation key -> text, of those that are committed of a condition as the study states it now."""
+        if condition not in self._text_of:
+            now = self.context.feed(condition).condition
+            table = self.context.results.read(
+                "generations",
+                columns=["generation_key", "text"],
+                filters=[("condition_key", "=", "" if now is None else now.key)],
+            )
+            self._text_of[condition] = dict(zip(table.column(0).to_pylist(), table.column(1).to_pylist(), strict=True))
+        return self._text_of[condition]
 
     @cached_property
     def _scores(self) -> Scores:
@@ -129,24 +102,20 @@ class Answers:
             MissingDataError: if one is not generated yet.
         """
         context = self.context
-        assert context.study.replay is not None
         name = trait_set_name(trait, "model", side)
-        texts = self._texts.get((condition, name), {})
-        prompts = context.fixed_sets[name].prompts
-        spec = next(one.spec for one in expand_conditions(context.study.replay) if one.name == condition)
-        seeds = seeds_of(context.study.replay, spec)
-        answers = [
-            Answer(prompt, seed, *texts[(prompt.id, seed)])
-            for prompt in prompts
-            for seed in seeds
-            if (prompt.id, seed) in texts
-        ]
-        left = len(prompts) * len(seeds) - len(answers)
-        if left:
-            raise MissingDataError(
-                f"{left} answers of {condition!r} to {name!r} are not generated yet\n  {context.remedy('replay')}"
-            )
-        return answers
+        left, stage = context.feed(condition).lacking(name)
+        if not left:
+            asked = context.feed(condition)
+            assert asked.condition is not None
+            texts = self._texts(condition)
+            prompts = {prompt.id: prompt for prompt in context.fixed_sets[name].prompts}
+            return [
+                Answer(prompts[item.prompt_id], item.seed, item.key, texts[item.key])
+                for item in asked.texts(asked.condition, name)
+            ]
+        raise MissingDataError(
+            f"{left} answers of {condition!r} to {name!r} are not generated yet\n  {context.remedy('replay')}", stage
+        )
 
     def kept(self, trait: str, side: Side, condition: str) -> Kept:
         """Return the answers of one side that count.
@@ -198,7 +167,8 @@ class Answers:
             why = f" (a judge failed on {failures}: traits.{trait}.unscored: drop leaves them out)" if failures else ""
             raise MissingDataError(
                 f"{waits} answers of {condition!r} to {name!r} are not judged yet{why}\n  "
-                f"{self.context.remedy('score')}"
+                f"{self.context.remedy('score')}",
+                "score",
             )
         rule = {
             "keep": "trait",

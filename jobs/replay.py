@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jobs.choices import Chooser
+from jobs.asked import AskedTexts, Wanted
 from jobs.context import Context, StageReport, block_id, table_of, versions
-from jobs.directions import known_directions
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
@@ -19,18 +16,13 @@ from store.conditions import (
     check_token_ranges,
     decoding_key,
     decoding_of,
-    generation_key,
     interventions_text,
-    resolve_conditions,
-    resolve_monitor,
-    seeds_of,
 )
-from store.directions import Direction
-from store.errors import MissingDataError, StudyError
+from store.errors import StudyError
 from store.fingerprint import canonical_json
+from store.prompts import Prompt
 from store.rows import Row
 from store.study import Decoding
-from store.study_choices import with_choices
 from store.yaml_file import where
 
 if TYPE_CHECKING:
@@ -38,94 +30,23 @@ if TYPE_CHECKING:
     from pipeline.workers import ReplayBlock, ReplayItem
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One text that the study asks for."""
+class ReplayPlan(AskedTexts):
+    """What a study's replay section asks for, with the directions that are there, and its rows rendered."""
 
-    prompt_set: str
-    prompt_id: str
-    row: Row
-    condition: Condition
-    seed: int
-    key: str
-
-
-class ReplayPlan:
-    """What a study's replay section asks for, with the directions that are there."""
-
-    def __init__(self, context: Context, inputs: CaptureInputs | None = None):
+    def __init__(self, context: Context, inputs: CaptureInputs | None = None, predict: bool = False):
         from jobs.capture import CaptureInputs
 
-        study = context.study
-        assert study.replay is not None
-        self.context, self.replay = context, study.replay
         self.inputs = inputs if inputs is not None else CaptureInputs(context)
-        try:
-            self.directions: dict[str, Direction] = known_directions(context)
-        except MissingDataError:
-            self.directions = {}
-        identity = context.identity
-        monitor = self.replay.monitor
-        self.monitor: MonitorPlan | None = resolve_monitor(monitor, self.directions, identity.n_layers)
-        # A condition without interventions may be what directions are made from: it cannot wait for what is monitored.
-        self.monitor_waits = monitor is not None and self.monitor is None
-        self.chooser = Chooser(context, self.texts)
-        self._resolve()
-        while not self.monitor_waits and self.chooser.advance(self.conditions):
-            self._resolve()
+        super().__init__(context, predict=predict)
 
-    def _resolve(self) -> None:
-        """Resolve the conditions that can be, with the choices made so far; say what the others wait for."""
-        identity = self.context.identity
-        ready, open_ = with_choices(self.replay, self.chooser.values)
-        self.conditions, later = resolve_conditions(
-            ready, self.directions, identity.n_layers, identity.fingerprint, self.context.study.file
-        )
-        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in later]
-        for name, choices in open_.items():
-            self.waiting.append(f"condition {name!r}: {', '.join(map(repr, sorted(choices)))} is not chosen yet")
+    def row(self, item: Wanted) -> Row:
+        """Return the rendered prompt of a text."""
+        return self.inputs.prompt_row(item.prompt_id, with_response=False)
 
-    def monitor_of(self, condition: Condition) -> MonitorPlan | None:
-        """Return what is recorded under a condition: nothing where its texts feed the capture of responses."""
-        monitor = self.replay.monitor
-        only = None if monitor is None else monitor.conditions
-        unwatched = only is not None and not {condition.name, condition.name.partition("[")[0]} & set(only)
-        return None if condition.name in self.feeds or unwatched else self.monitor
-
-    @cached_property
-    def feeds(self) -> set[str | None]:
-        """The conditions whose texts are captured, or are user personas' turns."""
-        study = self.context.study
-        return {entry.responses for entry in study.capture} | {trait.answers for trait in study.traits.values()}
-
-    def decoding_key(self, condition: Condition) -> str:
-        decoding = decoding_of(self.replay, condition.spec)
-        return decoding_key(decoding, self.monitor_of(condition), self.replay.engine)
-
-    @cached_property
-    def wanted(self) -> list[Wanted]:
-        """Every text of every condition whose inputs are there, in the study's order."""
-        found: list[Wanted] = []
-        for condition in self.conditions:
-            if self.monitor_waits and condition.name not in self.feeds:
-                self.waiting.append(f"condition {condition.name!r}: the monitored directions are not computed yet")
-                continue
-            for name in condition.prompts:
-                if name in self.context.pending_sets:
-                    why = f"the prompt set {name!r}: {self.context.pending_sets[name]}"
-                    self.waiting.append(f"condition {condition.name!r}: {why}")
-            found.extend(self.texts(condition))
-        return found
-
-    def texts(self, condition: Condition) -> Iterator[Wanted]:
-        """Yield every text of one condition whose prompt set can be made now."""
-        how = self.decoding_key(condition)
-        for name, prompt in self.context.prompts_of(condition.prompts):
-            row = self.inputs.prompt_row(prompt.id, with_response=False)
-            self._check_ranges(condition, row)
-            for seed in seeds_of(self.replay, condition.spec):
-                key = generation_key(row.model, row.key, condition.key, how, seed)
-                yield Wanted(name, prompt.id, row, condition, seed, key)
+    def row_key(self, condition: Condition, prompt: Prompt) -> str:
+        row = self.inputs.render(prompt, with_response=False)
+        self._check_ranges(condition, row)
+        return row.key
 
     def _check_ranges(self, condition: Condition, row: Row) -> None:
         """Refuse ranges of tokens that a prompt does not have, before a model is loaded."""
@@ -162,7 +83,7 @@ class ReplayPlan:
                 "condition_key": item.condition.key,
                 "decoding_key": self.decoding_key(item.condition),
                 "model": model,
-                "row_key": item.row.key,
+                "row_key": item.row_key,
                 "prompt_set": item.prompt_set,
                 "prompt_id": item.prompt_id,
                 "seed": item.seed,
@@ -173,12 +94,6 @@ class ReplayPlan:
         self.chooser.write()
         results.replace("conditions", study, table_of("conditions", conditions))
         results.replace("replay_rows", study, table_of("replay_rows", asked))
-
-    @cached_property
-    def done(self) -> set[str]:
-        """The generations that are committed."""
-        table = self.context.results.read("generations", columns=["generation_key"])
-        return set(table.column("generation_key").to_pylist())
 
     def blocks(self) -> tuple[list[tuple[MonitorPlan | None, Decoding, list[ReplayBlock]]], int]:
         """Return the blocks of texts that are not committed yet, by what is monitored and how they are decoded, and how
@@ -192,7 +107,7 @@ class ReplayPlan:
         for item in self.wanted:
             asked.add(item.key)
             if item.key not in done:
-                todo[item.key] = ReplayItem(item.row, item.condition.key, item.seed, item.key)
+                todo[item.key] = ReplayItem(self.row(item), item.condition.key, item.seed, item.key)
                 how = (self.monitor_of(item.condition), decoding_of(self.replay, item.condition.spec))
                 kinds.setdefault(self.decoding_key(item.condition), (*how, set()))[2].add(item.key)
         groups = []
@@ -212,12 +127,12 @@ def generated_responses(context: Context, condition: str, inputs: CaptureInputs)
     """Return prompt id -> rows of prompt and generated response, one per seed, for prompts with all of them there."""
     from pipeline.chat import response_row
 
-    plan = ReplayPlan(context, inputs)
+    feed = context.feed(condition)
     found: dict[str, list[Row]] = {}
-    chosen = next((item for item in plan.conditions if item.name == condition), None)
+    chosen = feed.condition
     if chosen is None:
         return found
-    texts = list(plan.texts(chosen))
+    texts = list(feed.texts(chosen))
     wanted = {item.key for item in texts}
     table = context.results.read(
         "generations", columns=["generation_key", "token_ids"], filters=[("condition_key", "=", chosen.key)]
@@ -227,7 +142,7 @@ def generated_responses(context: Context, condition: str, inputs: CaptureInputs)
     incomplete = {item.prompt_id for item in texts if item.key not in tokens}
     for item in texts:
         if item.prompt_id not in incomplete:
-            row = response_row(item.row, tokens[item.key], item.key)
+            row = response_row(inputs.prompt_row(item.prompt_id, False), tokens[item.key], item.key)
             rows = found.setdefault(item.prompt_id, [])
             if row.key not in {other.key for other in rows}:
                 rows.append(row)

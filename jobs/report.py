@@ -7,12 +7,13 @@ Everything comes from SQL over the results, so a page takes seconds and no model
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from analysis import page
 from analysis.page import Html, Section
 from jobs import report_geometry, report_replay, report_structure
 from jobs.context import data_location
+from jobs.freshness import tell_stale
 from jobs.report_source import Source, chosen_model, named_study
 from jobs.verify import place
 from store.location import Location
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         source = Source(
             connection, results, name, chosen_model(connection, results, name, arguments.model, study), study
         )
-        content = report_page(source)
+        stale = [] if study is None else tell_stale(study, arguments.results)
+        content = report_page(source, stale)
     finally:
         connection.close()
     if arguments.output:
@@ -58,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report_page(source: Source) -> str:
-    """Return the whole page."""
+def report_page(source: Source, stale: Sequence[str] = ()) -> str:
+    """Return the whole page. `stale` says which results are of an older version of the study; it stands on top."""
     parts: list[tuple[str, str, Callable[[Source], list[Html]]]] = [
         ("refusals", "Refusal rates", report_replay.refusals),
         ("sweeps", "Coefficient sweeps", report_replay.sweeps),
@@ -74,4 +76,5 @@ def report_page(source: Source) -> str:
         ("texts", "Texts side by side", report_replay.texts),
     ]
     sections = [Section(anchor, title, make(source)) for anchor, title, make in parts]
-    return page.render(f"Study {source.name}", report_replay.head(source), sections)
+    warnings = [page.note(line) for line in stale]
+    return page.render(f"Study {source.name}", [*warnings, *report_replay.head(source)], sections)

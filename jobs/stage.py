@@ -116,11 +116,20 @@ def main_for(stage: str, argv: Sequence[str] | None = None) -> None:
 
 
 def run_one(stage: str, arguments: argparse.Namespace) -> int:
-    """Run one stage with parsed arguments."""
+    """Run one stage with parsed arguments.
+
+    Raises:
+        StaleError: if it would work on what an older version of the study left; nothing is written then.
+        BlocksFailedError: if blocks were set aside.
+    """
+    from jobs.freshness import require_fresh
+
     study = study_from(arguments)
     progress = Progress(arguments.quiet)
+    context = Context(study)
+    require_fresh(stage, context)
     with Cluster(study.ray) as cluster:
-        report = run_stage(stage, Context(study), cluster, progress)
+        report = run_stage(stage, context, cluster, progress)
     for line in describe(report):
         print(line)
     require_complete([report])

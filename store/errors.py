@@ -28,7 +28,21 @@ class QueryError(ResidError):
 
 
 class MissingDataError(ResidError):
-    """Something that an earlier stage writes is not there yet. Remedy: run the stage that the message names."""
+    """Something that an earlier stage writes is not there yet. Remedy: run the stage that the message names.
+
+    `stage` is that stage, where it is known.
+    """
+
+    def __init__(self, message: str, stage: str | None = None):
+        self.stage = stage
+        super().__init__(message)
+
+
+class StaleError(ResidError):
+    """A stage was asked alone while what it reads comes from an older version of the study. Nothing was written.
+
+    Remedy: run the stages that the message names, or the whole study.
+    """
 
 
 class MismatchError(ResidError):

@@ -85,7 +85,7 @@ class Generation:
         keys = [row.key for row in rows]
         if len(set(keys)) < len(keys):
             raise MismatchError("a row occurs twice in one generation")
-        identity = _identity(plan, keys)
+        identity = identity_of(plan, keys)
         generation = cls(parent / short(identity))
         marker = generation.records / "generation.json"
         if marker.exists():
@@ -162,7 +162,7 @@ class Generation:
     def row_table(self) -> RowTable:
         """Keys and spans of all rows, in array order; errors as for `keys`."""
         table = row_table_from_bytes(self._checked(ROWS))
-        if _identity(self.plan, table.keys) != self._record.identity or short(self._record.identity) != self.id:
+        if identity_of(self.plan, table.keys) != self._record.identity or short(self._record.identity) != self.id:
             raise self._damage(self.records / "generation.json", "its plan and rows are not those of its name")
         return table
 
@@ -391,6 +391,6 @@ def _locked(stream: Any) -> bool:
     return True
 
 
-def _identity(plan: GenerationPlan, row_keys: Sequence[str]) -> str:
+def identity_of(plan: GenerationPlan, row_keys: Sequence[str]) -> str:
     rows = sha256("\n".join(row_keys).encode())
     return fingerprint({"format": FORMAT_VERSION, "plan": plan.model_dump(), "rows": rows})

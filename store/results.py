@@ -136,6 +136,32 @@ class ResultStore:
         """
         return [Commit.from_json(data, where) for where, data in self._records(table)]
 
+    def current(self, table: str, name: str) -> Commit | None:
+        """Return what the pointer of a part written by `replace` says; None where nothing was written.
+
+        Raises:
+            DamageError: if it cannot be read.
+        """
+        schema_of(table)
+        pointer = self.location / table / CURRENT / f"{name}.json"
+        try:
+            return Commit.from_json(pointer.read_bytes(), str(pointer))
+        except FileNotFoundError:
+            return None
+
+    def read_block(self, table: str, block_id: str) -> pa.Table | None:
+        """Return the rows of one block that `write_block` committed; None where there is no such block.
+
+        Raises:
+            DamageError: if its record or file is missing or damaged.
+        """
+        record = self.location / table / COMMITS / f"{block_id}.json"
+        try:
+            commit = Commit.from_json(record.read_bytes(), str(record))
+        except FileNotFoundError:
+            return None
+        return self._read_file(table, self.location / table / commit.file, schema_of(table).names, None)
+
     def files(self, table: str) -> list[Location]:
         """Return the table's committed files."""
         return [self.location / table / commit.file for commit in self.commits(table)]

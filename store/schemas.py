@@ -355,6 +355,9 @@ TABLES: dict[str, pa.Schema] = {
         nullable=("value", "label", "detail", "error"),
     ),
 }
+# Every direction that was ever computed, a block each, named by its key: an edit and its revert find it again. `study`
+# and `direction` say who computed it first.
+TABLES["computed_directions"] = TABLES["directions"]
 
 
 def schema_of(table: str) -> pa.Schema:

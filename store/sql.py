@@ -49,7 +49,8 @@ VIEWS: dict[str, str] = {
     "cosine_nulls": "cosines beside those of random directions and of permuted labels, with p-values",
     "explained_variance": "PCA over directions: share of variance by component, with bootstrap intervals",
     "separability": "AUC and d' of two sides of rows along directions, with bootstrap intervals; held out or not",
-    "projections": "projection of every row on every direction",
+    "projections": "projection of every row on every direction that a study has now",
+    "computed_directions": "every direction ever computed, by its key, as stored",
     "conditions": "what each study replays, sweeps expanded",
     "choices": "what each study chose by measuring, with its rule",
     "choice_candidates": "every candidate of every choice, with its rate and rank",
@@ -89,6 +90,7 @@ CREATE VIEW models AS SELECT * FROM stored.models
 CREATE VIEW rows AS SELECT * FROM stored.rows
     QUALIFY row_number() OVER (PARTITION BY row_key ORDER BY prompt_id, source, generation_key NULLS LAST) = 1;
 CREATE VIEW directions AS SELECT * FROM stored.directions;
+CREATE VIEW computed_directions AS SELECT * FROM stored.computed_directions;
 CREATE VIEW cosines AS SELECT * FROM stored.cosines;
 CREATE VIEW alignments AS SELECT * FROM stored.alignments;
 -- Analyses share their blocks between studies and versions of a study; each shows what it asks for now.
@@ -103,8 +105,10 @@ CREATE VIEW conditions AS SELECT * FROM stored.conditions;
 CREATE VIEW choices AS SELECT * FROM stored.choices;
 CREATE VIEW choice_candidates AS SELECT * FROM stored.choice_candidates;
 CREATE VIEW comparisons AS SELECT * FROM stored.comparisons;
+-- Of the directions that studies have now; stored.projections has those of all older ones as well.
 CREATE VIEW projections AS
-    SELECT DISTINCT ON (model, row_key, direction, direction_key, component, layer, position) * FROM stored.projections;
+    SELECT DISTINCT ON (model, row_key, direction, direction_key, component, layer, position) * FROM stored.projections
+    WHERE (model, direction_key) IN (SELECT (model, direction_key) FROM stored.directions);
 CREATE VIEW monitored AS
     SELECT DISTINCT ON (generation_key, direction, direction_key, component, layer, token_index) *
     FROM stored.monitored;

@@ -12,7 +12,6 @@ from conftest import SMOLLM2
 from test_jobs import Change, Project, Resid, resid, tiny_folder
 
 from jobs.context import Context
-from jobs.directions import known_directions
 from store.conditions import resolve_conditions
 from store.study_file import load_study
 
@@ -84,7 +83,7 @@ def test_families_and_analyses_come_out_of_the_cache(project: Project, resid: Re
     assert names == ["axis", "matched.13", "matched.7", *(f"noise.{s}" for s in (13, 29, 7)), "pc.1", "pc.2", "pc.3",
                      "refusal", "top"]  # fmt: skip
     context = Context(load_study(project.study))
-    directions = known_directions(context)
+    directions = context.directions.current()
     layers = directions["refusal"].layers
     facts = dict(directions["matched.7"].provenance or {})
     assert [energy["layer"] for energy in facts["energies"]] == list(layers)
@@ -192,7 +191,7 @@ def test_on_the_real_model_everything_equals_numpy_on_the_cached_rows(
     project.write(extended)
     stages(project, resid, "capture", "directions", "geometry")
     store = ActivationStore.open(str(tmp_path / "store"))
-    directions = known_directions(Context(load_study(project.study)))
+    directions = Context(load_study(project.study)).directions.current()
     sets = {
         name: store.select(prompts=name).to_numpy().astype(np.float64)
         for name in ("bad@train", "good@train", "bad@test", "good@test", "bad")
