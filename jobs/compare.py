@@ -82,7 +82,8 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     table = table_of("comparisons", records)
     known = known_keys(context)
     same = before.equals(table)
-    report.cached = len(keys) if same else sum(key in known for key in keys)
+    older = same and not known  # written before comparisons had keys
+    report.cached = len(keys) if older else sum(key in known for key in keys)
     report.done = len(keys) - report.cached
     if not same or set(keys) != known:
         context.results.replace("comparisons", context.study.name, table, provenance={"keys": keys})

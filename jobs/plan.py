@@ -235,6 +235,8 @@ class Planner:
         context, plan = self.context, self.stages["compare"]
         known, outcomes = known_keys(context), Outcomes(context)
         texts: dict[tuple[str, str], dict[str, list[str | None]]] = {}
+        before = context.results.read("comparisons", columns=["study"], filters=[("study", "=", context.study.name)])
+        older = before.num_rows > 0 and not known  # written before comparisons had keys
         unsure = {item.condition.name for item in self.wanted if self._uncertain(item)}
         for item in self.wanted:
             texts.setdefault((item.condition.name, item.prompt_set), {}).setdefault(item.prompt_id, []).append(item.key)
@@ -243,7 +245,9 @@ class Planner:
             judge = outcomes.refusal_judge(one.spec.judge, f"comparisons.{one.name}")
             if any((name, one.prompt_set) not in texts or name in unsure for name in members):
                 plan.later += 1
-            elif comparison_key(one, judge, outcomes, texts, predicted=True) in known:
+            elif comparison_key(one, judge, outcomes, texts, predicted=True) in known or (
+                older and not any(item.key in self.certain for item in self.wanted)
+            ):
                 plan.cached += 1
             else:
                 plan.make += 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_jobs import Resid, resid, tiny_folder
 
@@ -300,7 +300,9 @@ def chain(study: dict[str, Any]) -> None:
 EDITS = [swap, seed, coefficient, sweep, decoding, monitor, judges, layers, another, fewer, chain, "prompts", "texts"]
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(st.data())
 def test_a_run_does_what_was_planned_to_the_row(
     tmp_path_factory: pytest.TempPathFactory,
