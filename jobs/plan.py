@@ -245,9 +245,7 @@ class Planner:
             judge = outcomes.refusal_judge(one.spec.judge, f"comparisons.{one.name}")
             if any((name, one.prompt_set) not in texts or name in unsure for name in members):
                 plan.later += 1
-            elif comparison_key(one, judge, outcomes, texts, predicted=True) in known or (
-                older and not any(item.key in self.certain for item in self.wanted)
-            ):
+            elif comparison_key(one, judge, outcomes, texts, predicted=True) in known or (older and not self.certain):
                 plan.cached += 1
             else:
                 plan.make += 1
