@@ -98,7 +98,8 @@ def known_keys(context: Context) -> set[str]:
 
 def comparison_key(item: Planned, judge: str, outcomes: Outcomes, texts: Texts, predicted: bool = False) -> str:
     """Identify a comparison by all that it is computed from: rule, texts, and judges; with `predicted`, all scored."""
-    sides = [[texts.get((name, item.prompt_set), {}) for name in side.members] for side in (item.first, item.second)]
+    groups = [item.first.members, item.second.members, item.among]
+    sides = [[texts.get((name, item.prompt_set), {}) for name in members] for members in groups]
     keys = {key for side in sides for prompts in side for group in prompts.values() for key in group}
     lacking = [key or "" for key in keys if key is None or outcomes.of(key, item.spec.outcome, judge) is None]
     measures = outcomes.measures

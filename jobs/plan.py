@@ -241,7 +241,7 @@ class Planner:
         for item in self.wanted:
             texts.setdefault((item.condition.name, item.prompt_set), {}).setdefault(item.prompt_id, []).append(item.key)
         for one in planned(context):
-            members = (*one.first.members, *one.second.members)
+            members = (*one.first.members, *one.second.members, *one.among)
             judge = outcomes.refusal_judge(one.spec.judge, f"comparisons.{one.name}")
             if any((name, one.prompt_set) not in texts or name in unsure for name in members):
                 plan.later += 1

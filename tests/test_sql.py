@@ -323,10 +323,15 @@ def test_prompts_rows_and_projections_of_two_studies_count_once(results: ResultS
     row = {"row_key": "r", "model": "m", "prompt_id": "p", "n_tokens": 3, "prompt_length": 3, "response_end": 3}
     projection = {"model": "m", "row_key": "r", "direction": "d", "direction_key": "k", "component": "resid_post"}
     projection |= {"layer": 1, "position": "prompt_end", "projection": 0.5, "norm": 2.0}
+    direction = {**projection, "method": "m", "vector": [1.0]}
+    direction = {name: value for name, value in direction.items() if name not in ("row_key", "projection")}
     for study in ("s", "t"):
         results.replace("prompts", study, table("prompts", [prompt]))
         results.replace("rows", study, table("rows", [{**row, "source": "prompt"}]))
         results.write_block("projections", study, table("projections", [projection]))
+        results.replace("directions", study, table("directions", [{**direction, "study": study}]))
+    older = {**projection, "direction_key": "of an older version"}
+    results.write_block("projections", "older", table("projections", [older]))
     connection = connect(results.location)
     for view in ("prompts", "rows", "projections"):
         assert rows_of(connection, f"SELECT count(*) AS n FROM {view}") == [{"n": 1}]
