@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from jobs.asked import AskedTexts
     from jobs.capture import CaptureInputs
     from jobs.direction_states import DirectionStates
-
-RESPONSES = "responses"
+    from jobs.known_rows import KnownRows
 
 
 @dataclass
@@ -299,27 +298,15 @@ class Context:
     # -- memberships -------------------------------------------------------------------------------------------
 
     @cached_property
-    def _memberships(self) -> dict[tuple[str, str | None], dict[str, list[str]]]:
-        """(prompt set, responses) -> prompt id -> row keys, as the last capture of this study wrote them."""
-        table = self.results.read("memberships", filters=[("study", "=", self.study.name)])
-        model = self.recalled_model().fingerprint
-        found: dict[tuple[str, str | None], dict[str, list[str]]] = {}
-        for record in table.to_pylist():
-            if record["model"] == model:
-                rows = found.setdefault((record["prompt_set"], record[RESPONSES]), {})
-                rows.setdefault(record["prompt_id"], []).append(record["row_key"])
-        return found
+    def rows(self) -> KnownRows:
+        """Which rows the study's prompt sets are; see `forget_memberships`."""
+        from jobs.known_rows import KnownRows
+
+        return KnownRows(self)
 
     def forget_memberships(self) -> None:
         """Read memberships anew: a capture has written them."""
-        for name in ("_memberships", "_generation_of", "_stamps"):
-            self.__dict__.pop(name, None)
-
-    @cached_property
-    def _generation_of(self) -> dict[str, str]:
-        """Row key -> the generation that its response came from, as the last capture of this study wrote them."""
-        table = self.results.read("rows", columns=["row_key", "generation_key"], part=self.study.name)
-        return {row["row_key"]: row["generation_key"] for row in table.to_pylist() if row["generation_key"]}
+        self.__dict__.pop("rows", None)
 
     def row_keys(self, names: Iterable[str], responses: str | None, keep: str | None = None) -> tuple[str, ...]:
         """Return the distinct row keys of prompt sets, in prompt order; see `row_texts`."""
@@ -353,8 +340,8 @@ class Context:
         """
         prompts = self.prompt_set(name).prompts
         if responses is not None:
-            self._require_texts(name, responses)
-        rows = self._rows_of(name, responses)
+            self.rows.require_texts(name, responses)
+        rows = self.rows.of(name, responses)
         for prompt in prompts:
             if prompt.id not in rows:
                 what = f"responses of {responses!r} to " if responses else ""
@@ -367,7 +354,7 @@ class Context:
         chosen: frozenset[str] | None = None
         if keep is not None and parsed is not None and not user and responses is not None:
             chosen = self.answers.kept(parsed.trait, parsed.side, responses).keys
-            known = {self._generation(key) for prompt in prompts for key in rows[prompt.id]}
+            known = {self.rows.generation(key) for prompt in prompts for key in rows[prompt.id]}
             if not chosen <= known:
                 raise MissingDataError(
                     f"{len(chosen - known)} answers of {responses!r} to {name!r} that count are not captured\n  "
@@ -376,49 +363,7 @@ class Context:
                 )
         for prompt in prompts:
             # An empty key stands for a generated response without tokens: there is nothing to read of it.
-            yield prompt, [k for k in rows[prompt.id] if k and (chosen is None or self._generation(k) in chosen)]
-
-    def _rows_of(self, name: str, responses: str | None) -> Mapping[str, list[str]]:
-        """Return prompt id -> row keys of one prompt set: as rendered now, or as the last capture wrote them.
-
-        Raises:
-            MissingDataError: if the rows that were captured are of other responses than those asked for now.
-        """
-        if self.inputs is not None:
-            return self.inputs.rows_of(name, responses)
-        if responses is not None:
-            stamp = self._stamps.get((name, responses))
-            if stamp is not None and stamp != self.feed(responses).stamp(name):
-                raise MissingDataError(
-                    f"the responses of {responses!r} to {name!r} have changed since the capture\n  "
-                    f"{self.remedy('capture')}",
-                    "capture",
-                )
-        return self._memberships.get((name, responses), {})
-
-    def _require_texts(self, name: str, responses: str) -> None:
-        """Check that the responses to a prompt set that the study asks for now are all there.
-
-        Raises:
-            MissingDataError: if not.
-        """
-        left, stage = self.feed(responses).lacking(name)
-        if left:
-            raise MissingDataError(
-                f"{left} answers of {responses!r} to {name!r} are not generated yet\n  {self.remedy('replay')}", stage
-            )
-
-    def _generation(self, row_key: str) -> str | None:
-        if self.inputs is not None:
-            return self.inputs.generation_of(row_key)
-        return self._generation_of.get(row_key)
-
-    @cached_property
-    def _stamps(self) -> dict[tuple[str, str], str]:
-        """(prompt set, condition) -> which responses to it the last capture of this study read."""
-        commit = self.results.current("memberships", self.study.name)
-        stamps = [] if commit is None else commit.provenance.get("responses", [])
-        return {(name, condition): stamp for name, condition, stamp in stamps}
+            yield prompt, [k for k in rows[prompt.id] if k and (chosen is None or self.rows.generation(k) in chosen)]
 
 
 @dataclass(frozen=True)
