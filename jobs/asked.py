@@ -26,7 +26,7 @@ from store.directions import Direction
 from store.errors import MissingDataError
 from store.fingerprint import fingerprint
 from store.prompts import Prompt
-from store.study import ConditionSpec
+from store.study import ConditionSpec, Monitor
 from store.study_choices import choices_of, with_choices
 from store.study_expand import expand_conditions
 
@@ -56,6 +56,8 @@ class AskedTexts:
         study = context.study
         assert study.replay is not None
         self.context, self.replay, self.only, self.predict = context, study.replay, only, predict
+        self.failed: dict[str, str] = {}  # directions that cannot be computed -> why
+        self.set_aside: dict[str, str] = {}  # conditions that need them, or layers at which they do not exist -> why
         names = self.directions_needed = self._needed(only)
         try:
             self.model = context.recalled_model()
@@ -69,7 +71,8 @@ class AskedTexts:
             return
         states = context.directions
         self.directions = states.predicted(names) if predict else states.current(names)
-        monitor = self.replay.monitor if only is None else None
+        self.failed = states.failed(names)
+        monitor = self._monitored() if only is None else None
         self.monitor = resolve_monitor(monitor, self.directions, self.model.n_layers)
         # A condition without interventions may be what directions are made from: it cannot wait for what is monitored.
         self.monitor_waits = monitor is not None and self.monitor is None
@@ -77,6 +80,14 @@ class AskedTexts:
         self._resolve()
         while not self.monitor_waits and self.chooser.advance(self.conditions):
             self._resolve()
+
+    def _monitored(self) -> Monitor | None:
+        """Return what is to be recorded, without directions that have failed."""
+        monitor = self.replay.monitor
+        if monitor is None or not set(monitor.directions) & set(self.failed):
+            return monitor
+        rest = [name for name in monitor.directions if name not in self.failed]
+        return monitor.model_copy(update={"directions": rest}) if rest else None
 
     def _needed(self, only: str | None) -> set[str]:
         """Return the directions that are looked at; narrow the section down to one condition if only that counts."""
@@ -97,7 +108,13 @@ class AskedTexts:
         """Resolve the conditions that can be, with the choices made so far; say what the others wait for."""
         ready, open_ = with_choices(self.replay, self.chooser.values)
         self.conditions, later = resolve_conditions(
-            ready, self.directions, self.model.n_layers, self.model.fingerprint, self.context.study.file
+            ready,
+            self.directions,
+            self.model.n_layers,
+            self.model.fingerprint,
+            self.context.study.file,
+            failed=self.failed,
+            set_aside=self.set_aside,
         )
         self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in later]
         for name, choices in open_.items():

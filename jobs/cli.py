@@ -11,7 +11,10 @@ from store.code_version import code_version
 from store.location import Location
 from store.study_file import load_study
 
-EPILOG = "A study file says everything; studies/demo.yaml documents its keys."
+EPILOG = (
+    "A study file says everything; studies/demo.yaml documents its keys. Exit codes: 0 complete; 3 complete but for "
+    "what is listed as set aside (table failures); 1 stopped, with the remedy; 130 interrupted."
+)
 
 
 class _Version(argparse.Action):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageReport:
-    """What a stage did. `waiting` names what it could not do yet, and why; `failed` what it set aside."""
+    """What a stage did; `failed`: blocks; `set_aside`: what does not exist, such as one layer of a direction."""
 
     stage: str
     done: int = 0
@@ -47,6 +47,7 @@ class StageReport:
     unit: str = "blocks"
     waiting: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

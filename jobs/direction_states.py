@@ -2,7 +2,8 @@
 
 A direction is *done* if vectors are stored under the key that the study gives it now, under whatever name and by
 whichever version of the study they were computed. Else it is *ready*, if it can be computed from what is there, or it
-*waits*, for the stage that is named. Vectors that are stored under its name and another key belong to an older version
+*waits*, for the stage that is named. It has *failed* if it was tried and exists at no layer, or if what it is computed
+from has. Vectors that are stored under its name and another key belong to an older version
 of the study: nothing uses them.
 """
 
@@ -19,8 +20,9 @@ import numpy as np
 from analysis.directions import derive, derived_key
 from analysis.energy import EnergyRows, energy_matched, energy_matched_key
 from jobs.direction_tasks import Task, compute_task, make_task, only, task_groups, task_rows
+from jobs.failures import failed_keys
 from store.directions import Direction, directions_from_table
-from store.errors import MissingDataError, ResidError
+from store.errors import MissingDataError, ResidError, UndefinedError
 from store.fingerprint import canonical_json, fingerprint
 from store.study_directions import RandomMatched, Reading, component_in, reads, references
 from store.study_layers import direction_layers
@@ -34,7 +36,7 @@ class DirectionState:
     """What is known of one direction now."""
 
     name: str
-    status: Literal["done", "ready", "waits"]
+    status: Literal["done", "ready", "waits", "failed"]
     key: str | None = None  # None where what it is computed from is not there yet
     direction: Direction | None = None  # if it is done
     older: Direction | None = None  # stored under its name, and computed from something else
@@ -57,7 +59,7 @@ class DirectionStates:
         self._asking: list[str] = []
         self._groups = {name: names for names in task_groups(context.study.directions) for name in names}
         self._tasks: dict[str, Task | MissingDataError] = {}
-        self._predicted: dict[str, Direction] = {}
+        self._predicted: dict[str, Direction | None] = {}
         self._exact: set[str] = set()  # those predicted that are no stand-ins
 
     @cached_property
@@ -113,6 +115,15 @@ class DirectionStates:
         states = [self.of(name) for name in specs if chosen is None or name in chosen]
         return {state.name: state.direction for state in states if state.direction is not None}
 
+    @cached_property
+    def _failed_keys(self) -> dict[str, str]:
+        return failed_keys(self.context)
+
+    def failed(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Return why directions (of those named) have failed, by name."""
+        chosen = self.context.study.directions if names is None else names
+        return {name: state.why for name in chosen if (state := self.of(name)).status == "failed"}
+
     def parents(self, name: str) -> set[str]:
         """Return the names of the directions that one is computed from."""
         return {other for _, other in references(self.context.study.directions[name])}
@@ -123,6 +134,8 @@ class DirectionStates:
             return self._reading(name)
         states = {other: self.of(other) for other in self.parents(name)}
         for other, state in states.items():
+            if state.status == "failed":
+                return DirectionState(name, "failed", why=failed_parent(name, other))
             if state.status != "done":
                 return DirectionState(name, "waits", stage=state.stage, why=f"it is computed from {other!r}")
         parents = self.current(states)
@@ -151,6 +164,8 @@ class DirectionStates:
         direction = self.by_key(key)
         if direction is not None:
             return DirectionState(name, "done", key, replace(direction, name=name), task=task)
+        if key in self._failed_keys:
+            return DirectionState(name, "failed", key, why=self._failed_keys[key], task=task)
         return DirectionState(name, "ready", key, stage="directions", why="it is not computed yet", task=task)
 
     def _waiting(self, name: str, error: MissingDataError) -> DirectionState:
@@ -227,18 +242,20 @@ class DirectionStates:
         What can be computed from captured rows is, in memory: only its vectors tell which texts are there already. The
         vectors of a stand-in are drawn from the key that it will have: equal keys give equal vectors, and no stored
         direction has them. What is counted with them is therefore what there will be to do; nothing of it may be kept.
+        Those that cannot be computed are left out.
         """
         specs = self.context.study.directions
         chosen = list(specs) if names is None else [name for name in specs if name in set(names)]
         for name in chosen:
             if name not in self._predicted:
                 self._predicted[name] = self._stand_in(name)
-        return {name: self._predicted[name] for name in chosen}
+        every = {name: self._predicted[name] for name in chosen}
+        return {name: direction for name, direction in every.items() if direction is not None}
 
     def uncertain(self, name: str) -> bool:
         """Whether a direction that waits may turn out to be one that is stored already: its key is not known yet."""
         state, spec = self.of(name), self.context.study.directions[name]
-        if state.status == "done":
+        if state.status in ("done", "failed"):
             return False
         parents = [self.of(other) for other in self.parents(name)]
         if any(self.uncertain(parent.name) for parent in parents):
@@ -258,16 +275,21 @@ class DirectionStates:
         stored = self.by_key(energy_matched_key(spec.seed, parent, rows))
         return replace(stored or energy_matched(name, spec.seed, parent, rows), name=name)
 
-    def _stand_in(self, name: str) -> Direction:
+    def _stand_in(self, name: str) -> Direction | None:
         context, spec, state = self.context, self.context.study.directions[name], self.of(name)
         if state.direction is not None:
             self._exact.add(name)
             return state.direction
         parents = self.predicted(self.parents(name))
+        if state.status == "failed" or not self.parents(name) <= set(parents):
+            return None
         exact = set(parents) <= self._exact
         if not isinstance(spec, Reading | RandomMatched):
             self._exact |= {name} if exact else set()
-            return derive(name, spec, parents)
+            try:
+                return derive(name, spec, parents)
+            except UndefinedError:
+                return None
         try:
             if isinstance(spec, RandomMatched) and exact:
                 self._exact.add(name)
@@ -275,6 +297,8 @@ class DirectionStates:
             if state.status == "ready" and state.task is not None:
                 self._exact.add(name)
                 return compute_task(only(state.task, [name]))[name]
+        except UndefinedError:
+            return None
         except ResidError:  # its rows are not captured yet; or it cannot be computed, which the stage will say
             self._exact.discard(name)
         identity = context.recalled_model()
@@ -294,6 +318,11 @@ class DirectionStates:
             layers=layers,
             vectors=vectors,
         )
+
+
+def failed_parent(name: str, parent: str) -> str:
+    """Say why a direction fails whose parent has failed."""
+    return f"direction {name!r} is computed from {parent!r}, which cannot be computed"
 
 
 def block_of(key: str) -> str:

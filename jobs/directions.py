@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from analysis.directions import derive, derived_key
 from jobs.context import Context, StageReport
-from jobs.direction_states import DirectionStates, block_of
+from jobs.direction_states import DirectionStates, block_of, failed_parent
 from jobs.direction_tasks import Task, compute_task, only
+from jobs.failures import Failure, set_aside, undefined_of, write_failures
 from jobs.progress import Progress
 from jobs.stage import cpu_map, main_for
 from pipeline.cluster import Cluster
 from store.directions import Direction
-from store.errors import MissingDataError
+from store.errors import MissingDataError, ResidError
 from store.schemas import TABLES
 from store.study_directions import RandomMatched, Reading
 
@@ -36,26 +37,44 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     current = states.current()
     report.cached = len(current)
     waiting = {name: state.why for name, state in every.items() if state.status == "waits"}
+    lost = {name: state.why for name, state in every.items() if state.status == "failed"}
     tasks = _tasks(states)
     with progress.task("directions", len(tasks), "directions") if tasks else progress.nothing() as advance:
         for task, result in zip(tasks, cpu_map(cluster, compute, tasks), strict=True):
-            if isinstance(result, str):
+            if isinstance(result, CannotBe):
+                lost.update(dict.fromkeys(task.keys, result.why))
+            elif isinstance(result, str):
                 waiting.update(dict.fromkeys(task.keys, result))
             else:
+                lost.update(
+                    {name: f"direction {name!r} exists at no layer" for name in task.keys if name not in result}
+                )
                 result = {name: _noted(states, direction, current) for name, direction in result.items()}
                 keep(context, result.values())
                 current.update(result)
             advance(1)
-    report.cached += _derive(context, current, waiting)
+    report.cached += _derive(context, current, waiting, lost)
     for name in specs:
-        if name not in current and name not in waiting:
+        if name not in current and name not in waiting and name not in lost:
             waiting[name] = "it waits for the directions that it is computed from"
     report.done = len(current) - report.cached
     report.waiting = [f"direction {name!r}: {why}" for name, why in waiting.items() if name not in current]
+    _note_failures(context, current, lost, report)
     if _listing(before.values()) != _listing(current[name] for name in specs if name in current):
         keep(context, before.values())  # results of older versions of resid have them in this table alone
         write(context, current)
     return report
+
+
+def _note_failures(
+    context: Context, current: Mapping[str, Direction], lost: Mapping[str, str], report: StageReport
+) -> None:
+    """Write and report the directions, and single layers of directions, that do not exist."""
+    failures = undefined_of(current)
+    for name, why in lost.items():
+        failures.append(Failure.of("direction", name, None, why, context.directions.of(name).key))
+    write_failures(context, "directions", failures)
+    report.set_aside = [str(failure) for failure in failures]
 
 
 def _tasks(states: DirectionStates) -> list[Task]:
@@ -67,7 +86,7 @@ def _tasks(states: DirectionStates) -> list[Task]:
     return [only(task, names) for task, names in tasks.values()]
 
 
-def _derive(context: Context, current: dict[str, Direction], waiting: dict[str, str]) -> int:
+def _derive(context: Context, current: dict[str, Direction], waiting: dict[str, str], lost: dict[str, str]) -> int:
     """Add every direction that is computed from others and whose parents are current; note what lacks rows.
 
     Returns:
@@ -79,7 +98,13 @@ def _derive(context: Context, current: dict[str, Direction], waiting: dict[str, 
     while progressed:
         progressed = False
         for name, spec in context.study.directions.items():
-            if name in current or isinstance(spec, Reading) or not states.parents(name) <= set(current):
+            if name in current or name in lost or isinstance(spec, Reading):
+                continue
+            gone = sorted(states.parents(name) & set(lost))
+            if gone:
+                lost[name] = failed_parent(name, gone[0])
+                progressed = True
+            if gone or not states.parents(name) <= set(current):
                 continue
             parents = {other: current[other] for other in states.parents(name)}
             try:
@@ -89,6 +114,10 @@ def _derive(context: Context, current: dict[str, Direction], waiting: dict[str, 
                     found = states.by_key(derived_key(spec, parents)) or derive(name, spec, parents)
             except MissingDataError as error:
                 waiting[name] = str(error).splitlines()[0]
+                continue
+            except ResidError as error:
+                lost[name] = set_aside(error)
+                progressed = True
                 continue
             if "made_from" not in (found.provenance or {}):
                 found = _noted(states, found, current)
@@ -116,12 +145,21 @@ def _noted(states: DirectionStates, direction: Direction, current: Mapping[str, 
     return replace(direction, provenance={**(direction.provenance or {}), "made_from": made_from})
 
 
-def compute(task: Task) -> dict[str, Direction] | str:
-    """Compute directions on a worker; say what is missing instead of failing the others."""
+@dataclass(frozen=True)
+class CannotBe:
+    """Why directions of a task cannot be computed from their rows."""
+
+    why: str
+
+
+def compute(task: Task) -> dict[str, Direction] | str | CannotBe:
+    """Compute directions on a worker; say what is missing, or why they do not exist, instead of failing the others."""
     try:
         return compute_task(task)
     except MissingDataError as error:
         return str(error).splitlines()[0]
+    except ResidError as error:
+        return CannotBe(set_aside(error))
 
 
 def write(context: Context, directions: Mapping[str, Direction]) -> None:

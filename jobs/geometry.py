@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import pyarrow as pa
@@ -32,8 +32,8 @@ def pending_projections(
     for index, spec in enumerate(context.study.geometry.projections):
         named = list(context.study.directions) if spec.directions == "all" else spec.directions
         ready = [directions[name] for name in named if name in directions]
-        if len(ready) < len(named):
-            missing = ", ".join(name for name in named if name not in directions)
+        missing = ", ".join(_missing(context, named, directions))
+        if missing:
             waiting.append(f"geometry.projections[{index}]: no directions {missing} yet")
         for component in sorted({direction.component for direction in ready}):
             mine = [direction for direction in ready if direction.component == component]
@@ -47,6 +47,13 @@ def pending_projections(
     todo = [block for block in blocks.values() if block.id not in committed]
     groups = [list(group) for _, group in groupby(todo, key=lambda block: id(block.part))]
     return groups, len(blocks) - len(todo), waiting
+
+
+def _missing(context: Context, names: Iterable[str], directions: Mapping[str, Direction]) -> list[str]:
+    """Return the directions that are not there yet, without those that cannot be computed."""
+    lacking = [name for name in dict.fromkeys(names) if name not in directions]
+    failed = context.directions.failed(lacking)
+    return [name for name in lacking if name not in failed]
 
 
 def compute(group: Sequence[ProjectionBlock]) -> dict[str, pa.Table]:
@@ -69,7 +76,7 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     context.results.replace("alignments", context.study.name, alignments_table(context.study.name, ready))
     groups, report.cached, report.waiting = pending_projections(context, directions)
     for pair in pairs:
-        if missing := [name for name in dict.fromkeys(pair) if name not in directions]:
+        if missing := _missing(context, pair, directions):
             report.waiting.append(f"geometry.alignment: no directions {', '.join(missing)} yet")
     _run_units(context, directions, cluster, progress, report)
     if not groups:

@@ -31,6 +31,8 @@ def wanted_units(
     def named(key: str, names: Sequence[str] | str) -> dict[str, Direction]:
         wanted = list(context.study.directions) if isinstance(names, str) else names
         missing = [name for name in wanted if name not in directions]
+        failed = context.directions.failed(missing)
+        missing = [name for name in missing if name not in failed]
         if missing:
             waiting.append(f"geometry.{key}: no directions {', '.join(missing)} yet")
         return {name: directions[name] for name in wanted if name in directions}

@@ -14,6 +14,7 @@ from jobs.asked import Wanted
 from jobs.capture import CaptureInputs, manifest
 from jobs.compare import comparison_key, known_keys, planned
 from jobs.context import Context
+from jobs.failures import Failure
 from jobs.geometry import pending_projections
 from jobs.geometry_units import wanted_units
 from jobs.judging import study_judges
@@ -140,7 +141,11 @@ class Planner:
     def _directions(self) -> None:
         plan, states = self.stages["directions"], self.context.directions
         for name, state in states.all().items():
-            if state.status == "done" or states.by_key(states.predicted([name])[name].key) is not None:
+            predicted = states.predicted([name]).get(name)
+            if predicted is None:
+                plan.lines.append(f"  set aside: {Failure.of('direction', name, None, state.why)}")
+                plan.make += state.status == "ready"
+            elif state.status == "done" or states.by_key(predicted.key) is not None:
                 plan.cached += 1
             elif states.uncertain(name):
                 plan.later += 1

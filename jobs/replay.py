@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.asked import AskedTexts, Wanted
 from jobs.context import Context, StageReport, block_id, table_of, versions
+from jobs.failures import Failure, write_failures
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
@@ -159,6 +160,9 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     plan.write_tables()
     groups, report.cached = plan.blocks()
     report.waiting = [*plan.waiting, *plan.chooser.waiting.values()]
+    failures = [Failure.of("condition", name, None, why) for name, why in plan.set_aside.items()]
+    write_failures(context, "replay", failures)
+    report.set_aside = [str(failure) for failure in failures]
     from pipeline.workers import ReplayWorker, release_engine
 
     for monitor, decoding, blocks in groups:

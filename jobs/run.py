@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from jobs.context import Context, StageReport
 from jobs.judging import missing_keys, study_judges
 from jobs.progress import Progress
-from jobs.stage import STAGES, add_study_arguments, describe, guarded, require_complete, run_stage, study_from
+from jobs.stage import (
+    STAGES,
+    add_study_arguments,
+    describe,
+    exit_code,
+    guarded,
+    require_complete,
+    run_stage,
+    study_from,
+)
 from jobs.summary import print_summary
 from pipeline.cluster import Cluster
 from store.errors import MissingDataError
@@ -36,6 +45,7 @@ def run_all(context: Context, cluster: Cluster, progress: Progress) -> list[Stag
             total.cached = report.cached if total.done == 0 else total.cached
             total.done += report.done
             total.unit, total.waiting, total.notes = report.unit, report.waiting, report.notes
+            total.set_aside = report.set_aside
             total.failed += [line for line in report.failed if line not in total.failed]
             progressed |= report.done > 0
             waits |= bool(report.waiting)
@@ -68,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if waiting:
         raise MissingDataError("the study is not complete:\n  " + "\n  ".join(waiting))
     print_summary(context)
-    return 0
+    return exit_code(reports)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

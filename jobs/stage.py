@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from jobs.context import Context, StageReport
+from jobs.failures import INCOMPLETE
 from jobs.judging import check_judges
 from jobs.progress import Progress
 from pipeline.cluster import Cluster
@@ -77,6 +78,7 @@ def describe(report: StageReport) -> Iterator[str]:
     yield f"{report.stage}: {report.done} {report.unit} done, {report.cached} found"
     yield from (f"  waits: {line}" for line in report.waiting)
     yield from (f"  note: {line}" for line in report.notes)
+    yield from (f"  set aside: {line}" for line in report.set_aside)
     yield from (f"  FAILED: {line}" for line in report.failed)
 
 
@@ -95,6 +97,11 @@ def require_complete(reports: Iterable[StageReport]) -> None:
         )
 
 
+def exit_code(reports: Iterable[StageReport]) -> int:
+    """Return 0 if all was done, 3 if all was done but for what was set aside."""
+    return INCOMPLETE if any(report.set_aside for report in reports) else 0
+
+
 def cpu_map(cluster: Cluster, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Apply a function on CPUs: as Ray tasks where a cluster is there, else here, with Dask's threads inside.
 
@@ -108,7 +115,10 @@ def cpu_map(cluster: Cluster, function: Callable[[Item], Result], items: Sequenc
 
 
 def main_for(stage: str, argv: Sequence[str] | None = None) -> None:
-    """Entry point of one stage: parse arguments, run it, report, exit non-zero if blocks failed."""
+    """Entry point of one stage: parse arguments, run it, report, exit with 0, 3 or 1.
+
+    3: all was done but for what was set aside. 1: it was stopped, or blocks failed.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=f"Run the stage {stage} of a study.")
     add_study_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -133,7 +143,7 @@ def run_one(stage: str, arguments: argparse.Namespace) -> int:
     for line in describe(report):
         print(line)
     require_complete([report])
-    return 0
+    return exit_code([report])
 
 
 def guarded(action: Callable[[], Any]) -> int:

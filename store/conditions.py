@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from store.directions import Direction
-from store.errors import MismatchError, MissingDataError, StudyError
+from store.errors import MismatchError, MissingDataError, StudyError, UndefinedError
 from store.fingerprint import fingerprint
 from store.layers import resolve_layer, resolve_layers
 from store.rows import Row
@@ -91,21 +91,37 @@ def interventions_text(spec: ConditionSpec) -> str:
 
 
 def resolve_conditions(
-    replay: Replay, directions: Mapping[str, Direction], n_layers: int, model: str, file: Path | None = None
+    replay: Replay,
+    directions: Mapping[str, Direction],
+    n_layers: int,
+    model: str,
+    file: Path | None = None,
+    *,
+    failed: Mapping[str, str] | None = None,
+    set_aside: dict[str, str] | None = None,
 ) -> tuple[list[Condition], list[str]]:
     """Return the conditions whose directions are there, and the names of those that still wait for some.
 
     Layers are resolved as they are: `store.study_layers.check_layers` has checked them, and names lines. `file` is the
     study file, for the error message.
 
+    A condition that needs a direction where it does not exist is put into `set_aside` with the cause, and so is one
+    whose subspace is linearly dependent; ``layers: all`` needs every layer. `failed` says of directions that do not
+    exist at all why.
+
     Raises:
-        StudyError: if a subspace's directions are linearly dependent.
+        StudyError: if a subspace's directions are linearly dependent, without `set_aside`.
+        UndefinedError: if a direction does not exist at a layer, without `set_aside`.
         MismatchError: if a direction belongs to another model.
     """
     conditions, waiting = [], []
     for one in expand_conditions(replay):
         name, spec = one.name, one.spec
         needed = directions_used(spec)
+        lost = sorted(needed & set(failed or {}) - set(directions))
+        if lost and set_aside is not None and failed is not None:
+            set_aside[name] = failed[lost[0]]
+            continue
         if not needed <= set(directions):
             waiting.append(name)
             continue
@@ -117,7 +133,16 @@ def resolve_conditions(
         except MissingDataError:  # computed before the study captured these layers
             waiting.append(name)
             continue
+        except UndefinedError as error:
+            if set_aside is None:
+                raise
+            cause, _, remedy = str(error).partition("\n  remedy: ")
+            set_aside[name] = f"{cause}\n  remedy: leave that layer out of its interventions, or: {remedy}"
+            continue
         except _DependentError as error:
+            if set_aside is not None:
+                set_aside[name] = f"{error}\n  remedy: name each direction once, and only independent ones"
+                continue
             key = f"replay.conditions.{one.base}.interventions"
             remedy = "name each direction once, and only independent ones"
             raise StudyError(str(error), file=where(file, key), key=key, remedy=remedy) from None
@@ -246,13 +271,15 @@ class MonitorPlan:
 def resolve_monitor(monitor: Monitor | None, directions: Mapping[str, Direction], n_layers: int) -> MonitorPlan | None:
     """Return what to record, or None if the study monitors nothing or its directions are not there yet.
 
-    Units are float32, [direction, d_model] at each site, in the order of the monitor's directions.
+    Units are float32, [direction, d_model] at each site, in the order of the monitor's directions. A site at which one
+    of them does not exist is left out.
     """
     if monitor is None or not set(monitor.directions) <= set(directions):
         return None
     names = tuple(dict.fromkeys(monitor.directions))
     sites = [Site(monitor.component, layer) for layer in resolve_layers(monitor.layers, n_layers)]
-    if any(site.layer not in directions[name].layers for name in names for site in sites):
+    sites = [site for site in sites if not any(site.layer in directions[name].undefined for name in names)]
+    if not sites or any(site.layer not in directions[name].layers for name in names for site in sites):
         return None
     units = {site: np.stack([directions[n].unit(site.layer) for n in names]).astype(np.float32) for site in sites}
     return MonitorPlan(names, tuple(directions[name].key for name in names), units)

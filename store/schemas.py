@@ -102,15 +102,16 @@ TABLES: dict[str, pa.Schema] = {
     "alignments": _schema(
         ("study", TEXT),
         ("model", TEXT),
-        ("direction_a", TEXT),
-        ("direction_b", TEXT),
-        ("direction_key_a", TEXT),
-        ("direction_key_b", TEXT),
-        ("component_a", TEXT),
-        ("component_b", TEXT),
-        ("layer_a", INT32),
-        ("layer_b", INT32),
+        *((field, TEXT) for field in ("direction_a", "direction_b", "direction_key_a", "direction_key_b")),
+        *((field, TEXT) for field in ("component_a", "component_b")),
+        *((field, INT32) for field in ("layer_a", "layer_b")),
         ("cosine", FLOAT64),
+    ),
+    # What a stage could not compute; a part for each study and stage. Layer is NULL where it is all of it.
+    "failures": _schema(
+        *((field, TEXT) for field in ("study", "model", "stage", "kind", "name", "cause", "remedy", "key")),
+        ("layer", INT32),
+        nullable=("layer", "remedy", "key"),
     ),
     # Which blocks of the three tables below a study asks for now.
     "analyses": _schema(

@@ -46,6 +46,7 @@ VIEWS: dict[str, str] = {
     "directions": "one vector per study, direction and layer, with its raw norm",
     "cosines": "signed cosines of every pair of directions at every layer",
     "alignments": "cosine of a direction at each layer with another, or itself, at each layer",
+    "failures": "layers, directions, analyses and conditions that could not be computed, with cause and remedy",
     "cosine_nulls": "cosines beside those of random directions and of permuted labels, with p-values",
     "explained_variance": "PCA over directions: share of variance by component, with bootstrap intervals",
     "separability": "AUC and d' of two sides of rows along directions, with bootstrap intervals; held out or not",
@@ -92,7 +93,7 @@ CREATE VIEW rows AS SELECT * FROM stored.rows
 CREATE VIEW directions AS SELECT * FROM stored.directions;
 CREATE VIEW computed_directions AS SELECT * FROM stored.computed_directions;
 CREATE VIEW cosines AS SELECT * FROM stored.cosines;
-CREATE VIEW alignments AS SELECT * FROM stored.alignments;
+CREATE VIEW alignments AS SELECT * FROM stored.alignments; CREATE VIEW failures AS SELECT * FROM stored.failures;
 -- Analyses share their blocks between studies and versions of a study; each shows what it asks for now.
 CREATE VIEW explained_variance AS SELECT DISTINCT study, analysis, * EXCLUDE (study, kind, analysis, block_key)
     FROM stored.analyses JOIN stored.explained_variance USING (model, block_key) WHERE kind = 'explained_variance';
