@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from analysis.comparisons import paired_difference, share_interval
+from analysis.statistics import Interval
 from store.references import Value
 from store.study_select import Bound, Outcome, Selection
 
@@ -29,12 +33,14 @@ class Measured:
         Raises:
             ValueError: if there are none.
         """
-        shares: dict[str, float] = {}
-        for name in sets:
-            shares.update(self.outcomes[outcome, name])
+        shares = self.shares(outcome, sets)
         if not shares:
             raise ValueError(f"{self.condition}: no prompts to measure {outcome} on")
         return sum(shares.values()) / len(shares)
+
+    def shares(self, outcome: Outcome, sets: Iterable[str]) -> dict[str, float]:
+        """Return the share of each distinct prompt of some sets."""
+        return {prompt: share for name in sets for prompt, share in self.outcomes[outcome, name].items()}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Verdict:
     change: float  # rate minus the rate under `against`
     faults: tuple[str, ...]  # why it cannot be chosen; empty if it can
     rank: int  # 1 is the best; those with faults come last
+    interval: Interval  # of the rate: Wilson, the prompts being the units
+    change_interval: Interval  # of the change: paired, Newcombe 1998
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,12 @@ class Ranking:
     verdicts: tuple[Verdict, ...]
     chosen: Measured | None
     tied: int  # candidates that share the best rate, the chosen one included
+    against_interval: Interval
+
+    def is_tied(self, verdict: Verdict) -> bool:
+        """Whether a candidate passes and shares the chosen one's rate."""
+        best = min(self.verdicts, key=lambda one: one.rank)
+        return self.chosen is not None and not verdict.faults and round(verdict.rate, 9) == round(best.rate, 9)
 
 
 def choose(selection: Selection, candidates: Sequence[Measured], against: Measured) -> Ranking:
@@ -79,14 +93,23 @@ def choose(selection: Selection, candidates: Sequence[Measured], against: Measur
         judged.append((candidate, rate, change, tuple(faults)))
     order = sorted(range(len(judged)), key=lambda i: (bool(judged[i][3]), round(sign * judged[i][1], 9), i))
     verdicts = tuple(
-        Verdict(candidate, rate, change, faults, order.index(i) + 1)
+        Verdict(candidate, rate, change, faults, order.index(i) + 1, *_intervals(selection, candidate, against))
         for i, (candidate, rate, change, faults) in enumerate(judged)
     )
     best = verdicts[order[0]]
+    base = share_interval(below, len(against.shares(selection.outcome, selection.prompts)))
     if best.faults:
-        return Ranking(below, verdicts, None, 0)
+        return Ranking(below, verdicts, None, 0, base)
     tied = sum(not one.faults and round(one.rate, 9) == round(best.rate, 9) for one in verdicts)
-    return Ranking(below, verdicts, best.candidate, tied)
+    return Ranking(below, verdicts, best.candidate, tied, base)
+
+
+def _intervals(selection: Selection, candidate: Measured, against: Measured) -> tuple[Interval, Interval]:
+    """Return the 95% intervals of a candidate's rate and of its change, over the prompts that both have."""
+    one, other = (side.shares(selection.outcome, selection.prompts) for side in (candidate, against))
+    both = [prompt for prompt in one if prompt in other]
+    first, second = (np.array([side[prompt] for prompt in both]) for side in (one, other))
+    return share_interval(float(np.mean([*one.values()])), len(one)), paired_difference(first, second)
 
 
 def _fault(keep: Bound, candidate: Measured, against: Measured) -> str:

@@ -179,13 +179,17 @@ def _choice_record(study: str, model: str, replay: Replay | None, choice: Choice
         "prompt_sets": json.dumps(list(choice.selection.sets) if choice.ranking else []),
         "n_prompts": choice.n_prompts,
         "against_rate": None if choice.ranking is None else choice.ranking.against,
+        "against_low": None if choice.ranking is None else choice.ranking.against_interval.low,
+        "against_high": None if choice.ranking is None else choice.ranking.against_interval.high,
         "judges": canonical_json(choice.judges),
         "used_by": json.dumps(users),
     }
 
 
 def _candidate_records(study: str, choice: Choice) -> Iterable[dict[str, Any]]:
-    for verdict in choice.ranking.verdicts if choice.ranking else ():
+    if choice.ranking is None:
+        return
+    for verdict in choice.ranking.verdicts:
         candidate = verdict.candidate
         yield {
             "study": study,
@@ -196,8 +200,13 @@ def _candidate_records(study: str, choice: Choice) -> Iterable[dict[str, Any]]:
             "variables": json.dumps(candidate.variables),
             "outcome": choice.selection.outcome,
             "rate": verdict.rate,
+            "low": verdict.interval.low,
+            "high": verdict.interval.high,
             "change": verdict.change,
+            "change_low": verdict.change_interval.low,
+            "change_high": verdict.change_interval.high,
             "faults": json.dumps(verdict.faults),
             "rank": verdict.rank,
             "is_chosen": candidate.condition == choice.condition,
+            "is_tied": choice.ranking.is_tied(verdict),
         }

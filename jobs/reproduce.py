@@ -33,7 +33,7 @@ SELECT comparison, first, second, prompt_set, outcome, n_pairs, n_left_out, firs
 FROM comparisons WHERE study = $study AND comparison IN ($names)
 """
 _CHOICES = """
-SELECT choice, status, chosen, condition, n_prompts, against_rate, rate, change
+SELECT choice, status, chosen, condition, n_prompts, n_tied, against_rate, against_low, against_high, rate, low, high
 FROM choices LEFT JOIN (FROM choice_candidates WHERE is_chosen) USING (study, choice, choice_key, condition)
 WHERE study = $study ORDER BY choice
 """
@@ -166,7 +166,7 @@ def _overview(connection: duckdb.DuckDBPyConnection, context: Context, command: 
     if choices:
         lines += ["", "Chosen beforehand, on prompts that nothing below is reported on:", ""]
         lines += _table(
-            ["choice", "status", "chosen", "candidate", "prompts", "rate", "rate under `against`"],
+            ["choice", "status", "chosen", "candidate", "prompts", "tied", "rate", "rate under `against`"],
             [
                 [
                     c["choice"],
@@ -174,8 +174,9 @@ def _overview(connection: duckdb.DuckDBPyConnection, context: Context, command: 
                     ", ".join(f"{key} {value}" for key, value in json.loads(c["chosen"]).items()),
                     c["condition"] or "-",
                     c["n_prompts"],
-                    _percent(c["rate"]),
-                    _percent(c["against_rate"]),
+                    c["n_tied"],
+                    _interval(c["rate"], c["low"], c["high"]),
+                    _interval(c["against_rate"], c["against_low"], c["against_high"]),
                 ]
                 for c in choices
             ],
@@ -239,6 +240,10 @@ def _cells(row: dict[str, Any]) -> list[object]:
 
 def _p(value: float) -> str:
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def _interval(rate: float | None, low: float | None, high: float | None) -> str:
+    return _percent(rate) if low is None else f"{_percent(rate)} [{_percent(low)}, {_percent(high)}]"
 
 
 def _percent(value: float | None) -> str:

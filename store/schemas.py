@@ -74,16 +74,9 @@ TABLES: dict[str, pa.Schema] = {
         ("norm", FLOAT64),  # raw norm of the vector as the method gave it
         ("n_positive", INT64),
         ("n_negative", INT64),
-        ("split_half_cosine", FLOAT64),  # median over `splits` random splits (null splits: of one split)
-        ("split_half_low", FLOAT64),  # 95% of the splits lie between low and high
-        ("split_half_high", FLOAT64),
-        ("splits", INT64),
-        ("warning", TEXT),  # few rows, or halves that hardly agree
+        ("split_half_cosine", FLOAT64),
         ("provenance", TEXT),  # JSON
-        nullable=(
-            *("n_positive", "n_negative", "split_half_cosine", "split_half_low", "split_half_high", "splits"),
-            *("warning", "provenance"),
-        ),
+        nullable=("n_positive", "n_negative", "split_half_cosine", "provenance"),
     ),
     "cosines": _schema(
         ("study", TEXT),
