@@ -15,6 +15,7 @@ from jobs.context import Context
 from jobs.plan import plan_lines
 from store.conditions import source_layer
 from store.layers import resolve_layers
+from store.sizes import spell_bytes
 from store.study import Study
 from store.study_checks import pairs
 from store.study_choices import settled, with_choices
@@ -247,8 +248,9 @@ def test_the_papers_models_are_planned_without_their_weights(
         line.startswith("  choice persona (given): $persona.layer = 20, $persona.coefficient = 3") for line in lines
     )
     rows = 2 * 64 + 64 + 32 + 5 * 12
-    size = rows * n_layers * d_model * 2 / 2**20
-    assert f"capture: {rows} rows to capture ({size:.1f} MiB new), 0 of {rows} cached" in lines
+    size = spell_bytes(rows * n_layers * d_model * 2)
+    [head] = [line for line in lines if line.startswith("capture: ")]
+    assert head.startswith(f"capture: {rows} rows to capture ({size} new), 0 of {rows} cached")
     assert "  condition mp_only: 96 prompts x 1 seed(s)" in lines
     assert not list((tmp_path / "results").rglob("*"))
 
