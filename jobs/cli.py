@@ -27,7 +27,7 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    from jobs import report, reproduce, results, sql, store, traits, verify
+    from jobs import check_model, report, reproduce, results, sql, store, traits, verify
 
     parser = argparse.ArgumentParser(
         prog="resid", description="Residual-stream directions in chat models.", epilog=EPILOG
@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_arguments(commands.add_parser("verify", help="check every committed byte"))
     traits.add_arguments(commands.add_parser("traits", help="check trait files, and list what is wrong"))
     store.add_arguments(commands.add_parser("store", help="the activation store: ls, verify, gc, export, import"))
+    check_model.add_arguments(
+        commands.add_parser("check-model", help="test a model: its sites, its texts in other batches")
+    )
     results.add_arguments(commands.add_parser("results", help="the result tables: ls, verify, gc"))
     return parser
 
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from jobs import plan, report, reproduce, results, run, sql, store, traits, verify
+    from jobs import check_model, plan, report, reproduce, results, run, sql, store, traits, verify
     from jobs.freshness import tell_stale
 
     command: str = arguments.command
@@ -82,6 +85,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return sql.run_arguments(arguments, *places)
     handlers = {"run": run.run, "plan": plan.run, "report": report.run, "verify": verify.run, "store": store.run}
     handlers |= {"traits": traits.run, "reproduce": reproduce.run, "results": results.run}
+    handlers |= {"check-model": check_model.run}
     return int(handlers[command](arguments) or 0)
 
 

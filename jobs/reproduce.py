@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 
+from jobs.check_model import noise_floor
 from jobs.context import Context
 from jobs.stage import add_study_arguments, study_from
 from store.errors import QueryError, StudyError
@@ -212,6 +213,8 @@ def _claim(connection: duckdb.DuckDBPyConnection, context: Context, name: str, c
             "Hochberg) correct, within the family, the rank's p where there is one and else the paired test's."
             + f" {left} pairs left out."
             * bool(left),
+            "",
+            noise_floor(context.results.location, context.identity.fingerprint),
         ]
     if claim.query is not None:
         records = _ask(connection, context, claim.query, f"claims.{name}.query")

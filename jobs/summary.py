@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs.check_model import noise_floor
 from jobs.context import Context
 from jobs.report_source import Record, Source, judge_of
 from jobs.report_sql import OTHER_SCORES, RATES, TEXT_FACTS, quoted
@@ -48,6 +49,7 @@ def print_summary(context: Context) -> None:
         # A pipe or a file has no width that the columns would have to fit in.
         wide = console if terminal else Console(width=1000, highlight=False)
         wide.print(_table(source, shown, watched))
+        console.print(noise_floor(context.results.location, context.identity.fingerprint), markup=False)
     finally:
         connection.close()
     if watched is not None:

@@ -64,10 +64,12 @@ class Output:
 class ReplayEngine:
     """Generates text under interventions.
 
-    A row's text depends on its prompt, condition, decoding and seed, never on its batch: no row sees another, positions
-    are explicit, and random numbers come from a stream of the row's own. Rows of all conditions run together; one that
-    ends leaves at once, and the next enters (`pipeline.scheduler`). The Llama layout runs packed
-    (`pipeline.lean_runner`), everything else through transformers' own modules (`pipeline.padded_runner`).
+    No row sees another, positions are explicit, and random numbers come from a stream of the row's own. So in float32 a
+    row's text depends on its prompt, condition, decoding and seed, but for near ties of two logits. In bfloat16 and
+    float16 products round by the size of the batch, and texts depend on what runs beside them: `pipeline.exactness`
+    counts how many. Rows of all conditions run together; one that ends leaves at once, and the next enters
+    (`pipeline.scheduler`). The Llama layout runs packed (`pipeline.lean_runner`), everything else through
+    transformers' own modules (`pipeline.padded_runner`).
     """
 
     def __init__(

@@ -61,6 +61,17 @@ TABLES: dict[str, pa.Schema] = {
         ("receipt", TEXT),  # JSON: what the site self-test measured
         nullable=("revision", "adapter", "receipt"),
     ),
+    "exactness": _schema(
+        ("model", TEXT),
+        ("dtype", TEXT),
+        ("device", TEXT),  # cpu | cuda | ...
+        ("way", TEXT),  # to run the same texts; compared with all rows at once
+        ("n_texts", INT64),
+        ("n_equal", INT64),
+        ("first_difference", FLOAT64),  # median over texts that differ: the first token that does, from 0
+        ("max_new_tokens", INT32),
+        nullable=("first_difference",),
+    ),
     "directions": _schema(
         ("study", TEXT),
         ("direction", TEXT),  # name in the study

@@ -42,6 +42,7 @@ VIEWS: dict[str, str] = {
     "prompts": "one row per prompt: messages, text, given response",
     "memberships": "which prompts each study's prompt sets hold",
     "models": "models by fingerprint",
+    "exactness": "how many texts of a model depend on what runs beside them",
     "rows": "tokenised prompts (and responses) by row_key",
     "directions": "one vector per study, direction and layer, with its raw norm",
     "cosines": "signed cosines of every pair of directions at every layer",
@@ -86,6 +87,7 @@ CREATE MACRO wilson_high(k, n) AS CASE WHEN n = 0 THEN NULL WHEN k = n THEN 1.0:
 CREATE VIEW prompts AS SELECT * FROM stored.prompts
     QUALIFY row_number() OVER (PARTITION BY prompt_id ORDER BY response NULLS LAST, tags NULLS LAST) = 1;
 CREATE VIEW memberships AS SELECT DISTINCT * FROM stored.memberships;
+CREATE VIEW exactness AS SELECT * FROM stored.exactness;
 CREATE VIEW models AS SELECT * FROM stored.models
     QUALIFY row_number() OVER (PARTITION BY model ORDER BY source, revision NULLS LAST) = 1;
 CREATE VIEW rows AS SELECT * FROM stored.rows
