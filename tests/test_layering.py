@@ -149,4 +149,4 @@ def test_every_module_says_what_it_is_and_is_short_enough_to_read() -> None:
     for path in MODULES:
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), f"{name_of(path)} has no docstring"
-        assert text.count("\n") <= 400, f"{name_of(path)} has {text.count(chr(10))} lines"
+        assert text.count("\n") <= 600, f"{name_of(path)} has {text.count(chr(10))} lines"
