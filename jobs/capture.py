@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from jobs.context import Context, StageReport, table_of, versions
+from jobs.model_checks import check_length, check_template_variables, context_length, model_notes
 from jobs.progress import Progress
 from jobs.prompt_notes import changed_sets, short_parts
 from jobs.stage import main_for
@@ -40,6 +41,8 @@ class CaptureInputs:
         self._generation_of: dict[str, str] = {}  # row key -> the generation that its response came from
         context.render(self)
         check_layers(context.study, context.identity.n_layers)
+        check_template_variables(context)
+        self.limit = context_length(context)
         for index, entry in enumerate(context.study.capture):
             before = len(self.waiting)
             self._add(index, entry)
@@ -113,6 +116,7 @@ class CaptureInputs:
                     self.memberships[(name, prompt.id, "", entry.responses)] = None
             for row in found:
                 self._check_positions(row, entry.positions, key, prompt.text)
+                check_length(context, row, prompt.text, self.limit, 0, f"{key}.prompts")
                 rows[row.key] = row
                 self.memberships[(name, prompt.id, row.key, entry.responses)] = None
         if empty:
@@ -267,7 +271,13 @@ def run(context: Context, cluster: Cluster, progress: Progress) -> StageReport:
     """
     inputs = CaptureInputs(context)
     clock = context.clock_line()
-    notes = [*([clock] if clock else []), *inputs.notes, *short_parts(context), *changed_sets(context)]
+    notes = [
+        *([clock] if clock else []),
+        *inputs.notes,
+        *short_parts(context),
+        *changed_sets(context),
+        *model_notes(context),
+    ]
     report = StageReport("capture", unit="rows", waiting=inputs.waiting, notes=notes)
     inputs.write_tables()
     if not inputs.requests:

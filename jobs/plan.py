@@ -18,6 +18,7 @@ from jobs.failures import Failure
 from jobs.geometry import pending_projections
 from jobs.geometry_units import wanted_units
 from jobs.judging import study_judges
+from jobs.model_checks import model_notes
 from jobs.outcomes import Outcomes
 from jobs.prompt_notes import set_lines
 from jobs.replay import ReplayPlan
@@ -100,7 +101,7 @@ class Planner:
             f"store {context.store.location}; results {context.results.location}",
             *([clock] if (clock := context.clock_line()) else []),
         ]
-        lines += [f"  {line}" for line in set_lines(context)]
+        lines += [f"  {line}" for line in (*set_lines(context), *model_notes(context))]
         lines += _kept(context)
         heads = {
             "capture": f"{self.work.rows_to_capture} rows to capture ({spell_bytes(self.work.bytes_to_write)} new), "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.asked import AskedTexts, Wanted
 from jobs.context import Context, StageReport, block_id, table_of, versions
 from jobs.failures import Failure, write_failures
+from jobs.model_checks import check_length
 from jobs.progress import Progress
 from jobs.stage import main_for
 from pipeline.cluster import Cluster
@@ -47,6 +48,9 @@ class ReplayPlan(AskedTexts):
     def row_key(self, condition: Condition, prompt: Prompt) -> str:
         row = self.inputs.render(prompt, with_response=False)
         self._check_ranges(condition, row)
+        new_tokens = decoding_of(self.replay, condition.spec).max_new_tokens
+        key = f"replay.conditions.{condition.base}"
+        check_length(self.context, row, prompt.text, self.inputs.limit, new_tokens, key)
         return row.key
 
     def _check_ranges(self, condition: Condition, row: Row) -> None:

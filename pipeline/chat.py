@@ -85,6 +85,20 @@ def reads_clock(tokenizer: Any, ref: ModelRef) -> bool:
     return False
 
 
+def turn_end(tokenizer: Any, ref: ModelRef) -> int | None:
+    """Return the special token that the chat template puts behind an assistant's turn; None if it puts none there."""
+    mark = "resid"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+    kwargs = {key: value for key, value in ref.chat_template_kwargs.items() if key != "chat_template"}
+    with contextlib.suppress(Exception):  # a template that refuses the chat says nothing about its end
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        behind = tokenize(str(text).rpartition(mark)[2], tokenizer)
+        special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        if behind and behind[0] in special:
+            return behind[0]
+    return None
+
+
 def tokenize(text: str, tokenizer: Any) -> list[int]:
     """Return token ids [token]; the text holds its special tokens already, so none are added."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

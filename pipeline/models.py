@@ -113,6 +113,22 @@ def load_config(ref: ModelRef) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code, local_files_only=True)
 
 
+def generation_settings(ref: ModelRef) -> dict[str, Any]:
+    """Return what the model's generation_config.json says; empty where there is none.
+
+    Raises:
+        ModelError: if the model cannot be found, or the file cannot be read.
+    """
+    file = _folder(ref, weights=False) / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}\n  remedy: correct the file, or download the model again") from None
+    return settings if isinstance(settings, dict) else {}
+
+
 def load_tokenizer(ref: ModelRef) -> Any:
     """Return the tokenizer, without loading or converting weights. It has a pad token: EOS if it came without one.
 

@@ -246,7 +246,9 @@ def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
 def text_of(tokenizer: Any, output: Output) -> str:
     """Return a generated text, up to its stop string."""
     text = decoded(tokenizer, output.token_ids)
-    return text if output.ended_by is None else text[: text.index(output.ended_by)]
+    if output.ended_by is None or output.ended_by not in text:  # a special token is not part of the text
+        return text
+    return text[: text.index(output.ended_by)]
 
 
 def stop_string(tokenizer: Any, decoding: Decoding, token_ids: Sequence[int]) -> str | None:
@@ -254,8 +256,12 @@ def stop_string(tokenizer: Any, decoding: Decoding, token_ids: Sequence[int]) ->
     if not decoding.stop:
         return None
     text = decoded(tokenizer, token_ids)
-    found = [(text.index(stop), stop) for stop in decoding.stop if stop in text]
-    return min(found)[1] if found else None
+    first = min(((text.index(stop), stop) for stop in decoding.stop if stop in text), default=None)
+    if first is not None:
+        return first[1]
+    special = set(tokenizer.all_special_tokens) & set(decoding.stop)
+    last = tokenizer.convert_ids_to_tokens(token_ids[-1]) if special else None
+    return last if last in special else None
 
 
 def noise_of(job: Job, decoding: Decoding) -> npt.NDArray[np.float64]:

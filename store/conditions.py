@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -285,6 +286,9 @@ def resolve_monitor(monitor: Monitor | None, directions: Mapping[str, Direction]
     return MonitorPlan(names, tuple(directions[name].key for name in names), units)
 
 
+_SPECIAL = re.compile(r"<\S+>|\[[A-Z_]+\]")  # what special tokens look like
+
+
 def decoding_key(decoding: Decoding, monitor: MonitorPlan | None, engine: EngineName = "resid") -> str:
     """Identify how text is generated and what is recorded on the way.
 
@@ -294,6 +298,8 @@ def decoding_key(decoding: Decoding, monitor: MonitorPlan | None, engine: Engine
     if not how["stop"]:
         del how["stop"]  # texts that were generated before there were stop strings keep their key
     what: dict[str, object] = {"decoding": how, "monitor": None if monitor is None else monitor.key}
+    if any(_SPECIAL.fullmatch(stop) for stop in decoding.stop):
+        what["stop"] = "special tokens too"  # such strings ended no text before
     if engine != "resid":  # left out for the built-in engine: keys of before stay
         what["engine"] = engine
     return fingerprint(what)

@@ -21,6 +21,10 @@ from store.yaml_file import nearest, where
 Role = Literal["system", "user", "assistant", "tool"]
 
 
+# Parts of a message that chat templates show and resid does not read: without them it is another conversation.
+_NOT_RENDERED = ("tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+
+
 @dataclass(frozen=True)
 class Message:
     role: Role
@@ -158,6 +162,13 @@ def _prompt(record: Mapping[str, Any], columns: Columns, at: str) -> Prompt:
             for turn in turns:
                 if not {"role", "content"} <= set(turn):
                     raise ValueError(f"a message has role and content, not {', '.join(map(str, turn)) or 'nothing'}")
+            for number, turn in enumerate(turns, start=1):
+                for name in _NOT_RENDERED:
+                    if turn.get(name):
+                        raise ValueError(
+                            f"message {number} has {name}, which would be left out of the prompt; put what the model "
+                            "is to read into content, or delete it"
+                        )
             messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
             response = None
             if messages and messages[-1].role == "assistant":
