@@ -11,6 +11,7 @@ from functools import cached_property
 
 from jobs.choices import Chooser
 from jobs.context import Context
+from jobs.row_statistics import RowStatistics
 from store.conditions import (
     Condition,
     MonitorPlan,
@@ -104,9 +105,15 @@ class AskedTexts:
             names |= set(replay.monitor.directions)
         return names
 
+    @cached_property
+    def statistics(self) -> RowStatistics:
+        """What interventions take from captured rows."""
+        return RowStatistics(self.context, predict=self.predict)
+
     def _resolve(self) -> None:
         """Resolve the conditions that can be, with the choices made so far; say what the others wait for."""
         ready, open_ = with_choices(self.replay, self.chooser.values)
+        reasons: dict[str, str] = {}
         self.conditions, later = resolve_conditions(
             ready,
             self.directions,
@@ -115,8 +122,11 @@ class AskedTexts:
             self.context.study.file,
             failed=self.failed,
             set_aside=self.set_aside,
+            summarise=self.statistics,
+            reasons=reasons,
         )
-        self.waiting = [f"condition {name!r}: its directions are not computed yet" for name in later]
+        why = "its directions are not computed yet"
+        self.waiting = [f"condition {name!r}: {reasons.get(name, why)}" for name in later]
         for name, choices in open_.items():
             self.waiting.append(f"condition {name!r}: {', '.join(map(repr, sorted(choices)))} is not chosen yet")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from analysis import page
 from analysis.page import Html
 from jobs.context import versions
+from jobs.effects import effect_warnings
 from jobs.report_source import Record, Source, as_number, as_percent, judge_of, noted_model
 from jobs.report_sql import (
     CONDITIONS,
@@ -63,6 +64,8 @@ def head(source: Source) -> list[Html]:
         rows = [(r["prompt_set"], r["responses"] or "", r["prompts"], r["rows"]) for r in sets]
         table = page.table(["prompt set", "with text of", "#prompts", "#rows"], rows)
         top.append(page.fold("Prompt sets", table, page.sql(source.sql(PROMPT_SETS))))
+    warnings = effect_warnings(source.connection, source.name, source.model)
+    top += [page.paragraph(f"Warning: {warning}", "note warning") for warning in warnings]
     top.append(page.sql(source.sql(MODEL), source.sql(VERSIONS)))
     if model.get("receipt"):
         receipt = json.dumps(json.loads(model["receipt"]), indent=1, ensure_ascii=False)

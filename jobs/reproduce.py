@@ -18,6 +18,7 @@ import duckdb
 
 from jobs.check_model import noise_floor
 from jobs.context import Context
+from jobs.effects import effect_warnings
 from jobs.stage import add_study_arguments, study_from
 from store.errors import QueryError, StudyError
 from store.sql import connect, query
@@ -182,6 +183,8 @@ def _overview(connection: duckdb.DuckDBPyConnection, context: Context, command: 
                 for c in choices
             ],
         )
+    if warnings := effect_warnings(connection, study.name, context.identity.fingerprint):
+        lines += ["", "Warnings:", "", *(f"- {warning}." for warning in warnings)]
     lines += ["", *_table(["claim", "verdict"], [[name, verdict] for name, verdict in verdicts.items()])]
     return "\n".join(lines)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.interventions import acts_on_prompts, scope_of
+from pipeline.interventions import acts_on_prompts, spans_of
 from pipeline.prefix_tree import prefix_tree
 from pipeline.runners import Entrant
-from store.study_interventions import TokenRange
 
 PRICE = 32  # of a start of its own, in tokens, as in capture on a CPU
 
@@ -50,10 +49,13 @@ def start_key(entrant: Entrant) -> StartKey | None:
     for operation in entrant.operations:
         if not acts_on_prompts(operation):
             continue
-        begin, end = scope_of(operation, len(entrant.prompt))
-        end = entrant.common if end is None else min(end, entrant.common)
-        if begin < end:
+        spans = [
+            (begin, entrant.common if end is None else min(end, entrant.common))
+            for begin, end in spans_of(operation, len(entrant.prompt))
+            if begin < entrant.common
+        ]
+        if spans:
             operations.append(operation.digest)
-            if isinstance(operation.tokens, TokenRange):
-                scopes.append((operation.digest, begin, end))
+            if operation.region.counted:
+                scopes += [(operation.digest, begin, end) for begin, end in spans]
     return StartKey(entrant.prompt[: entrant.common], tuple(operations), tuple(scopes))

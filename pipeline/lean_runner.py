@@ -12,7 +12,7 @@ nothing is read before it is written again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from pipeline.common_starts import StartKey, start_key
+from pipeline.effects import Effects, SharedEffects
 from pipeline.forks import Layout, layouts
 from pipeline.interventions import Program, Segment, acts_on_prompts, is_identity
 from pipeline.kv_slots import KVSlots, SlotAttention, SlotCausal
 from pipeline.lean_llama import Attend, LeanLlama
 from pipeline.runners import Entrant, Passed
 from store.conditions import MonitorPlan
+from store.selection import ranges
 from store.sites import Site
 
 Ints = npt.NDArray[np.int64]
@@ -42,8 +44,13 @@ class LeanRunner:
         *,
         share_prefill: bool = True,
         share_decoding: bool = True,
+        sinks: Mapping[Site, float] | None = None,
+        effects: Effects | None = None,
     ):
-        self.lean, self.slots, self.monitor = lean, slots, monitor
+        self.lean, self.slots, self.monitor, self.sinks, self.effects = lean, slots, monitor, sinks, effects
+        self._ids: list[int] = []  # of each row in the effects
+        self._start_ids: dict[StartKey, int] = {}  # of starts that rows share, in the effects
+        self._shared = None if effects is None else SharedEffects(effects)
         self.share_prefill, self.share_decoding = share_prefill, share_decoding
         self.rows: list[Entrant] = []
         self._positions: list[int] = []  # of each row's next token
@@ -60,12 +67,19 @@ class LeanRunner:
         return True
 
     def enter(self, entrants: Sequence[Entrant]) -> Passed:
+        self.settle()
         starts = [start_key(entrant) if self.share_prefill else None for entrant in entrants]
         begins = np.array([0 if key is None else entrant.common for entrant, key in zip(entrants, starts, strict=True)])
         self._fill_starts(entrants, starts)
         ends = np.array([len(entrant.prompt) for entrant in entrants])
-        passed = self._prefill(entrants, len(self.rows) + np.arange(len(entrants)), begins, ends)
+        if self.effects is not None:
+            shared = [None if key is None else self._start_ids[key] for key in starts]
+            ids = [self.effects.begin(entrant.job, start) for entrant, start in zip(entrants, shared, strict=True)]
+        else:
+            ids = [0] * len(entrants)
+        passed = self._prefill(entrants, len(self.rows) + np.arange(len(entrants)), begins, ends, ids)
         assert passed is not None
+        self._ids += ids
         self.rows += entrants
         self._positions += ends.tolist()
         self._histories += self._numbered([entrant.prompt for entrant in entrants])
@@ -87,7 +101,9 @@ class LeanRunner:
             ends = np.array([entrants[i].common for i in chosen])
             alike = [(key.tokens, key.scopes) for key in computed]
             rows = first + np.array(chosen)
-            self._prefill([entrants[i] for i in chosen], rows, np.zeros_like(ends), ends, histories=alike)
+            ids = [0 if self.effects is None else self.effects.new() for _ in computed]
+            self._start_ids |= dict(zip(computed, ids, strict=True))
+            self._prefill([entrants[i] for i in chosen], rows, np.zeros_like(ends), ends, ids, histories=alike)
         copies = [
             (source[key], first + i, entrants[i].common)
             for i, key in enumerate(starts)
@@ -103,6 +119,7 @@ class LeanRunner:
         rows: Ints,
         begins: Ints,
         ends: Ints,
+        ids: Sequence[int],
         histories: Sequence[Hashable] | None = None,
     ) -> Passed | None:
         """Run the tokens begins[i] to ends[i] of prompts, whose slots `rows` hold what comes before.
@@ -116,7 +133,20 @@ class LeanRunner:
         )
         monitor = self.monitor if histories is None else None
         passes = [_Prefill(self, entrants, layout, rows, begins, ends, monitor) for layout in found]
-        return self._forward(passes, read=histories is None)
+        passed = self._forward(passes, read=histories is None)
+        for one in passes:
+            self._record(one, ids, begins)
+        return passed
+
+    def _record(self, one: _Pass, ids: Sequence[int], bases: Ints, drafts: bool = False) -> None:
+        if self._shared is not None:
+            members = None if one.alone else one.layout.members
+            self._shared.record(one.program.changes(), members, np.array(ids), bases, drafts=drafts)
+
+    def settle(self) -> None:
+        """Count what waits to be counted."""
+        if self._shared is not None:
+            self._shared.settle()
 
     def _places(self, rows: Ints, begins: Ints, lengths: Ints) -> Tensor:
         """Return where positions begins[i] to begins[i] + lengths[i] of slots lie."""
@@ -136,12 +166,16 @@ class LeanRunner:
             counts = np.array([len(row) for row in drafts])
             begins = np.array(self._positions) + 1
             self.slots.clear(self._places(np.arange(len(counts)), begins, counts))
+            if self._shared is not None:
+                self._shared.forget()
             passed = self._read(tokens)
         self._drafts = drafts
         self._positions = [position + 1 for position in self._positions]
         return passed
 
     def accept(self, n_accepted: Sequence[int]) -> None:
+        if self._shared is not None:
+            self._shared.settle(n_accepted)
         for i in range(max(n_accepted)):
             # One at a time, so that rows with the same tokens have the same history, however many they accept.
             grown = [
@@ -153,25 +187,31 @@ class LeanRunner:
 
     def _read(self, tokens: Tensor, drafts: Sequence[tuple[int, ...]] | None = None) -> Passed:
         """Run a token of each row, and its drafts, from the rows' positions on."""
+        self.settle()
         found = layouts(
             self._histories if drafts is None else list(zip(self._histories, drafts, strict=True)),
             [[o for o in row.operations if not is_identity(o)] for row in self.rows],
             share=self.share_decoding,
         )
         passes = [_Decode(self, tokens, self._positions, layout, self._programs, drafts) for layout in found]
-        if drafts is None:  # the next pass may well be alike
+        bounded = any(operation.region.bounded for row in self.rows for operation in row.operations)
+        if drafts is None and not bounded:  # the next pass may well be alike
             self._programs = {one.leaders: one.program for one in passes}
         passed = self._forward(passes)
         assert passed is not None
+        for one in passes:
+            self._record(one, self._ids, np.array(self._positions), drafts=drafts is not None)
         if drafts is None:
             return passed
         return Passed(passed.logits, passed.monitored, tuple(1 + len(row) for row in drafts))
 
     def keep(self, order: Sequence[int]) -> None:
+        self.settle()
         for new, old in enumerate(order):
             if new != old:
                 self.slots.move(old, new, self._positions[old])
         self.rows = [self.rows[old] for old in order]
+        self._ids = [self._ids[old] for old in order]
         self._positions = [self._positions[old] for old in order]
         self._histories = [self._histories[old] for old in order]
         self._starts = [self._starts[old] for old in order]
@@ -295,10 +335,17 @@ class _Prefill(_Pass):
         tokens = [token for leader, begin, end in leaders for token in leader.prompt[begin:end]]
         self.ids = torch.tensor(tokens, device=self.lean.device)
         segments = [
-            Segment(leader.operations, len(leader.prompt), start=int(start), length=end - begin, first=begin)
+            Segment(
+                leader.operations,
+                len(leader.prompt),
+                start=int(start),
+                length=end - begin,
+                first=begin,
+                labels=None if runner.effects is None else runner.effects.labels(leader.operations),
+            )
             for (leader, begin, end), start in zip(leaders, self.starts, strict=True)
         ]
-        self.program = Program(segments, self.lean.device, monitor)
+        self.program = Program(segments, self.lean.device, monitor, sinks=runner.sinks)
         # Every row's slot gets the keys of its segment.
         slots = runner.slots
         causal = SlotCausal(self.lean, slots, rows[leading].tolist(), first.tolist(), self.lengths.tolist())
@@ -340,19 +387,14 @@ class _Decode(_Pass):
         program = None if drafts is not None else programs.get(self.leaders)
         if program is None:
             rows = [runner.rows[row] for row in self.leaders]
-            # Every token of a response is acted on alike, wherever it stands.
+            labels = None if runner.effects is None else [runner.effects.labels(row.operations) for row in rows]
+            places = zip(self.starts.tolist(), self.lengths.tolist(), at.tolist(), strict=True)
             segments = [
-                Segment(row.operations, len(row.prompt), start=start, length=length, first=len(row.prompt))
-                for row, start, length in zip(rows, self.starts.tolist(), self.lengths.tolist(), strict=True)
+                Segment(row.operations, len(row.prompt), start, length, first, None if labels is None else labels[i])
+                for i, (row, (start, length, first)) in enumerate(zip(rows, places, strict=True))
             ]
-            program = Program(segments, self.lean.device, runner.monitor, every=drafts is not None)
+            program = Program(segments, self.lean.device, runner.monitor, every=drafts is not None, sinks=runner.sinks)
         self.program = program
         program.seen.clear()
         shared = None if leaders is None else (leaders, self.tensor(self.tokens_of_rows()))
         self.attend = SlotAttention(self.lean, runner.slots, positions, shared, counts.tolist())
-
-
-def ranges(starts: Ints, lengths: Ints) -> Ints:
-    """Return the numbers starts[i] to starts[i] + lengths[i] for each i, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

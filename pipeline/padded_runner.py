@@ -6,9 +6,10 @@ what is missing on the left is masked. Positions are explicit, so neither shifts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,18 +17,29 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.batching import pad
+from pipeline.effects import Effects
 from pipeline.hooks import on_sites
 from pipeline.interventions import BatchProgram
 from pipeline.models import LoadedModel
 from pipeline.runners import Entrant, Passed
 from store.conditions import MonitorPlan
+from store.sites import Site
 
 
 class PaddedRunner:
     """Runs rows of any model that `pipeline.architecture` knows."""
 
-    def __init__(self, model: LoadedModel, monitor: MonitorPlan | None = None):
-        self.model, self.monitor = model, monitor
+    def __init__(
+        self,
+        model: LoadedModel,
+        monitor: MonitorPlan | None = None,
+        *,
+        sinks: Mapping[Site, float] | None = None,
+        effects: Effects | None = None,
+    ):
+        self.model, self.monitor, self.sinks, self.effects = model, monitor, sinks, effects
+        self._ids: list[int] = []  # of each row in the effects
+        self._read: list[int] = []  # response tokens of each row so far
         self._rows: list[Entrant] = []
         self._cache: Any = None
         self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)  # [row, token], 1 at real tokens
@@ -49,6 +61,11 @@ class PaddedRunner:
         passed = self._pass(
             program, cache, batch.input_ids, batch.attention_mask, batch.position_ids, batch.attention_mask
         )
+        if self.effects is not None:
+            ids = [self.effects.begin(entrant.job) for entrant in entrants]
+            program.record(self.effects, np.array(ids), np.zeros(len(ids), dtype=np.int64))
+            self._ids += ids
+        self._read += [0] * len(entrants)
         width = max(self._mask.shape[1], batch.attention_mask.shape[1])
         self._cache = cache if self._cache is None else _joined(self._cache, cache)
         self._mask = torch.cat([_padded_left(mask, width) for mask in (self._mask, batch.attention_mask)])
@@ -63,11 +80,17 @@ class PaddedRunner:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
         new, positions = self._mask[:, -1:], self._positions[:, None]
         passed = self._pass(self._program, self._cache, tokens[:, None], self._mask, positions, new, decoding=True)
+        if self.effects is not None:
+            bases = np.array([len(row.prompt) + n for row, n in zip(self._rows, self._read, strict=True)])
+            self._program.record(self.effects, np.array(self._ids), bases)
         self._positions = self._positions + 1
+        self._read = [n + 1 for n in self._read]
         return passed
 
     def keep(self, order: Sequence[int]) -> None:
         self._rows = [self._rows[old] for old in order]
+        self._read = [self._read[old] for old in order]
+        self._ids = [self._ids[old] for old in order] if self.effects is not None else []
         self._program = None
         if not order:
             self._cache, self._mask, self._positions = None, self._mask[:0, :0], self._positions[:0]
@@ -81,7 +104,10 @@ class PaddedRunner:
             _shorten(self._cache, spare)
 
     def _program_of(self, rows: Sequence[Entrant]) -> BatchProgram:
-        return BatchProgram([row.operations for row in rows], self.model.device, self.monitor)
+        labels = None if self.effects is None else [self.effects.labels(row.operations) for row in rows]
+        return BatchProgram(
+            [row.operations for row in rows], self.model.device, self.monitor, sinks=self.sinks, labels=labels
+        )
 
     def _pass(
         self,
@@ -94,7 +120,7 @@ class PaddedRunner:
         decoding: bool = False,
     ) -> Passed:
         """Run the model; `mask` [row, token] covers the cache and the new tokens, `new` those alone."""
-        program.begin(new, decoding=decoding)
+        program.begin(new, decoding=decoding, read=self._read if decoding else None)
         model = self.model.model
         # A slice that is not contiguous would have the head's weights copied once per row.
         handle = model.get_output_embeddings().register_forward_pre_hook(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.batching import ran_out_of_memory, release_memory
 from pipeline.common_starts import common_starts
 from pipeline.drafts import FIXED_ROWS, FIXED_ROWS_ELSEWHERE, Drafts
+from pipeline.effects import Effect, Effects
 from pipeline.kv_slots import KVSlots
 from pipeline.lean_llama import LeanLlama, lean_llama, why_not
 from pipeline.lean_proof import agrees
@@ -23,9 +24,11 @@ from pipeline.models import LoadedModel
 from pipeline.padded_runner import PaddedRunner
 from pipeline.runners import Entrant, Passed, Runner
 from pipeline.scheduler import Scheduler, Waiting
-from store.conditions import Condition, MonitorPlan, check_token_ranges
+from pipeline.sink_bounds import sink_bounds
+from store.conditions import Condition, MonitorPlan, check_token_ranges, operations_for
 from store.errors import ModelError, NonFiniteError
 from store.rows import Row
+from store.sites import Site
 from store.study import Decoding
 
 # Slots are made longer in steps of so many tokens, so that the next block's prompts find room in them, too.
@@ -59,6 +62,7 @@ class Output:
     ended_by: str | None = None  # the stop string
     # [forward pass, site, direction]: pass 0 reads the last prompt token, pass i the i-th response token.
     monitored: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    effects: tuple[Effect, ...] = ()  # of the condition's operations, where they are recorded
 
 
 class ReplayEngine:
@@ -85,6 +89,7 @@ class ReplayEngine:
         share_decoding: bool = True,
         share_drafts: bool | None = None,
         pack: bool = False,
+        record_effects: bool = True,
     ):
         """``lean=False`` runs transformers' modules even where the lean path serves the model; True asks for it.
 
@@ -94,7 +99,8 @@ class ReplayEngine:
         that decodes greedily reads several tokens in a pass, as texts of its prompt went on, and keeps those that it
         would have said (`pipeline.drafts`), where few enough rows run. By default it is on but for the CPU: with 8 rows
         a fifth of the passes were saved there, and no time. ``pack`` is that of
-        `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU.
+        `pipeline.lean_llama.lean_llama`: a second, packed copy of the weights for the CPU. With ``record_effects``
+        outputs say how much each operation changed and in which token (`pipeline.effects`); texts are the same.
 
         Raises:
             ModelError: if the lean path is asked for and does not serve the model, with the reason.
@@ -107,6 +113,7 @@ class ReplayEngine:
         self.share_drafts = wanted and decoding.greedy and self._lean is not None
         self.n_passes = self.n_drafted = self.n_accepted = 0  # in all runs: passes, tokens drafted, right ones of them
         self.stop_ids = stop_token_ids(model)
+        self.record_effects = record_effects
         self._slots: KVSlots | None = None  # kept from run to run
 
     def _way(self, lean: bool | None, pack: bool) -> tuple[str, LeanLlama | None]:
@@ -138,7 +145,13 @@ class ReplayEngine:
         # Conditions of a prompt follow each other: they enter together and share their prefill.
         order = sorted(range(len(jobs)), key=lambda i: (jobs[i].row.spans.prompt_length, jobs[i].row.key, i))
         common = common_starts(job.prompt for job in jobs) if self.share_starts and self._lean is not None else {}
-        entrants = [Entrant(job.prompt, job.condition.operations, common.get(job.prompt, 0)) for job in jobs]
+        entrants = [
+            Entrant(job.prompt, operations_for(job.condition, job.row), common.get(job.prompt, 0), index)
+            for index, job in enumerate(jobs)
+        ]
+        by_sinks = any(o.region.sink != "with" for job in jobs for o in job.condition.operations)
+        sinks = sink_bounds(self.model) if by_sinks else None
+        effects = Effects() if self.record_effects else None
         waiting = [Waiting(i, entrants[i], jobs[i].prompt) for i in order]
         drafts = self._drafts(jobs)
         scheduler = Scheduler(waiting, min(self.batch_rows, max(1, len(waiting))), drafts)
@@ -153,9 +166,11 @@ class ReplayEngine:
         longest = max((len(job.prompt) for job in jobs), default=0) + self.decoding.max_new_tokens
         while not scheduler.done:
             try:
-                runner = self._runner(scheduler.batch_rows, longest)
+                runner = self._runner(scheduler.batch_rows, longest, sinks, effects)
                 with torch.inference_mode():
                     scheduler.run(runner, choose)
+                    if isinstance(runner, LeanRunner):
+                        runner.settle()
                 # Not after a failure: what is masked must be finite.
                 self._slots = runner.slots if isinstance(runner, LeanRunner) else None
                 continue
@@ -169,6 +184,9 @@ class ReplayEngine:
             self.batch_rows = tried // 2
             for again in scheduler.restart(self.batch_rows):
                 outputs[again] = Output()
+        if effects is not None:
+            for index, (entrant, output) in enumerate(zip(entrants, outputs, strict=True)):
+                output.effects = effects.of(index, entrant.operations)
         self.n_passes += scheduler.passes
         if drafts is not None:
             self.n_drafted += drafts.proposed
@@ -181,14 +199,14 @@ class ReplayEngine:
         fixed = FIXED_ROWS.get(self.model.device.type, FIXED_ROWS_ELSEWHERE)
         return Drafts([job.prompt for job in jobs], self.decoding.max_new_tokens, fixed)
 
-    def _runner(self, rows: int, length: int) -> Runner:
+    def _runner(self, rows: int, length: int, sinks: Mapping[Site, float] | None, effects: Effects | None) -> Runner:
         if self._lean is None:
-            return PaddedRunner(self.model, self.monitor)
+            return PaddedRunner(self.model, self.monitor, sinks=sinks, effects=effects)
         slots, self._slots = self._slots, None
         if slots is None or not slots.holds(rows, length):
             slots = None  # before there are others
             slots = KVSlots(self._lean, rows, -(-length // SLOT_STEP) * SLOT_STEP)
-        return LeanRunner(self._lean, slots, self.monitor, **self.share)
+        return LeanRunner(self._lean, slots, self.monitor, **self.share, sinks=sinks, effects=effects)
 
     def _choose(
         self,

@@ -19,6 +19,7 @@ class Entrant:
     prompt: tuple[int, ...]
     operations: tuple[Operation, ...]
     common: int = 0  # first tokens that are worth sharing with other prompts (`pipeline.common_starts`)
+    job: int = 0  # whose effects are recorded (`pipeline.effects`)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The site self-test: proves on a loaded model that its sites are what their names say. Run whenever a model is loaded.
 
-Three forward passes over two short rows of unequal length: padded on the right, padded on the left, and padded on the
-right with a known vector added at every site. What is compared is read through `pipeline.hooks.on_sites`, as in capture
-and replay; the bounds follow from the rounding of the model's dtype.
+Three passes over two short rows of unequal length: padded right, padded left, and padded right with a vector added at
+every site. All is read through `pipeline.hooks.on_sites`; bounds follow from the rounding of the dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pipeline.architecture import Architecture
 from pipeline.hooks import SiteFunction, on_sites
+from pipeline.sinks import SinkToken, sink_tokens
 from store.errors import ModelError
 from store.sites import COMPONENTS, Site
 
@@ -63,6 +63,7 @@ class Receipt(BaseModel):
     attention: str | None
     row_lengths: tuple[int, ...]
     checks: tuple[Check, ...]
+    sinks: tuple[SinkToken, ...] = ()
     torch: str
     transformers: str
 
@@ -78,10 +79,10 @@ def self_test(model: Any, architecture: Architecture, tokenizer: Any = None) -> 
     Raises:
         ModelError: naming the first check that failed, the site, row and token, and the measured number.
     """
-    rows = _rows(model, tokenizer)
-    right = _run(model, architecture, rows, "right")
-    left = _run(model, architecture, rows, "left")
-    written = _run(model, architecture, rows, "right", _vectors(architecture, right))
+    rows = trial_rows(model, tokenizer)
+    right = run_rows(model, architecture, rows, "right")
+    left = run_rows(model, architecture, rows, "left")
+    written = run_rows(model, architecture, rows, "right", _vectors(architecture, right))
 
     checks = [_finite(right, "right padding"), _finite(left, "left padding"), _finite(written, "an added vector")]
     checks += [_order(architecture, right), *_stream(architecture, right, "clean")]
@@ -106,6 +107,7 @@ def self_test(model: Any, architecture: Architecture, tokenizer: Any = None) -> 
         attention=getattr(model.config, "_attn_implementation", None),
         row_lengths=tuple(len(row) for row in rows),
         checks=tuple(checks),
+        sinks=sink_tokens(right.before, architecture.n_layers),
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
@@ -126,7 +128,7 @@ class _Run:
 
 
 @torch.inference_mode()
-def _run(
+def run_rows(
     model: Any, architecture: Architecture, rows: list[list[int]], side: str, added: dict[Site, Tensor] | None = None
 ) -> _Run:
     """Run ``rows`` padded on ``side``, adding ``added[site]`` ([d_model], float32, CPU) at each site."""
@@ -191,9 +193,9 @@ def _run(
     return run
 
 
-def _rows(model: Any, tokenizer: Any) -> list[list[int]]:
+def trial_rows(model: Any, tokenizer: Any) -> list[list[int]]:
     """Two rows of token ids of unequal length: plain text, or random ids where there is no tokenizer for it."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(model.get_input_embeddings().weight)
     if tokenizer is not None:
         rows = [tokenizer(text).input_ids[:length] for text, length in zip(TEXTS, LENGTHS, strict=True)]
         largest = max(max(row, default=0) for row in rows)

@@ -21,7 +21,7 @@ from pipeline.models import compute_dtype, default_device, load_config, load_tok
 from pipeline.replay import Job, Output, noise_of, stop_string, text_of
 from pipeline.vllm_hooks import JOB, Record, Work
 from pipeline.vllm_selftest import Laws
-from store.conditions import MonitorPlan, check_token_ranges
+from store.conditions import Condition, MonitorPlan, check_token_ranges
 from store.errors import ModelError, NonFiniteError
 from store.model_ref import ModelRef
 from store.study import Decoding
@@ -81,6 +81,27 @@ def check_model(ref: ModelRef) -> None:
         )
 
 
+def refuse_scopes(condition: Condition) -> None:
+    """Refuse scopes of tokens that vLLM's flattened batch does not carry.
+
+    Raises:
+        ModelError: naming the condition and the scope.
+    """
+    for operation in condition.operations:
+        region = operation.region
+        what = (
+            "sink tokens: the norms that make a sink are measured on transformers' model"
+            if region.sink != "with"
+            else ""
+        )
+        what = what or ("parts of the prompt: vLLM's worker sees token ids alone" if region.parts else "")
+        if what:
+            raise ModelError(
+                f"condition {condition.name!r}: the vLLM engine does not select tokens by {what}\n"
+                "  remedy: set `replay.engine: resid`"
+            )
+
+
 class VllmEngine:
     """Generates text under interventions through vLLM, as `ReplayEngine` does.
 
@@ -124,6 +145,7 @@ class VllmEngine:
         """
         limit = self._engine.vllm_config.model_config.max_model_len
         for job in jobs:
+            refuse_scopes(job.condition)
             check_token_ranges(job.condition, job.row)
             if (needed := len(job.prompt) + self.decoding.max_new_tokens) > limit:
                 raise ModelError(

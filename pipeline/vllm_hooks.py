@@ -115,6 +115,7 @@ class StepHooks:
     def __init__(self, runner: Any, work: Work):
         self.runner, self.work, self.record = runner, work, Record()
         self._acting = [[o for o in operations if acts_on_responses(o)] for operations in work.conditions]
+        self._bounded = [any(o.region.bounded for o in operations) for operations in work.conditions]
         self._pass: _Pass | None = None
         self._programs: dict[tuple[int, ...], tuple[Program, dict[Site, Tensor]]] = {}  # of decoding, by conditions
         model = runner.model
@@ -146,10 +147,13 @@ class StepHooks:
         token = first + lengths - prompts
         which = tuple(self.work.which[job] for job in jobs)
         if (lengths == 1).all() and (first >= prompts).all():
-            found = self._programs.get(which)
+            found = None if any(self._bounded[c] for c in which) else self._programs.get(which)
             if found is None:
                 self._programs.clear()  # batches change for good
-                segments = [Segment(self._acting[c], 0, start=i, length=1) for i, c in enumerate(which)]
+                stand = zip(which, prompts.tolist(), first.tolist(), strict=True)
+                segments = [
+                    Segment(self._acting[c], p, start=i, length=1, first=f) for i, (c, p, f) in enumerate(stand)
+                ]
                 found = self._programs[which] = (self._program(segments), {})
             program, rows = found
         else:

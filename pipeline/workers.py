@@ -196,6 +196,8 @@ class ReplayWorker:
         if self.monitor is not None:
             monitored = self._monitored(block, outputs)
             self.results.write_block("monitored", block.id, monitored, provenance=self.provenance)
+        if (effects := self._effects(block, outputs)).num_rows:
+            self.results.write_block("intervention_effects", block.id, effects, provenance=self.provenance)
         written = self.results.write_block(
             "generations", block.id, self._generations(block, outputs), provenance=self.provenance
         )
@@ -227,6 +229,29 @@ class ReplayWorker:
             for item, output in zip(block.items, outputs, strict=True)
         ]
         return pa.Table.from_pylist(records, schema=TABLES["generations"])
+
+    def _effects(self, block: ReplayBlock, outputs: list[Output]) -> pa.Table:
+        records = []
+        for item, output in zip(block.items, outputs, strict=True):
+            operations = self.conditions[item.condition].operations
+            for effect in output.effects:
+                operation, changed = operations[effect.operation], effect.change > 0
+                records.append(
+                    {
+                        "generation_key": item.key,
+                        "intervention": effect.operation,
+                        "kind": operation.kind,
+                        "component": operation.site.component,
+                        "layer": operation.site.layer,
+                        "n_tokens": effect.n_tokens,
+                        "change": effect.change,
+                        "largest_share": effect.largest / effect.change if changed else None,
+                        "largest_token": effect.token if changed else None,
+                        "max_relative": effect.max_relative,
+                        "mean_relative": effect.mean_relative,
+                    }
+                )
+        return pa.Table.from_pylist(records, schema=TABLES["intervention_effects"])
 
     def _monitored(self, block: ReplayBlock, outputs: list[Output]) -> pa.Table:
         assert self.monitor is not None

@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,19 @@ from store.rows import Row
 from store.sites import Site
 from store.study import ConditionSpec, Decoding, Monitor, Replay
 from store.study_expand import expand_conditions
-from store.study_interventions import Add, Clamp, MatchNorm, ProjectOut, TokenRange, Tokens, directions_of
+from store.study_interventions import (
+    Add,
+    Clamp,
+    MatchNorm,
+    ProjectOut,
+    Region,
+    RowsStatistic,
+    Side,
+    Tokens,
+    directions_of,
+    region_of,
+    statistic_of,
+)
 from store.study_types import EngineName
 from store.yaml_file import where
 
@@ -32,20 +44,30 @@ class Operation:
     """One intervention at one site, with the numbers that it applies.
 
     kind "add": ``h + vectors[0]`` (coefficient and norm rule are already in the vector). kind "project_out":
-    ``h - (h @ vectors.T) @ vectors`` with orthonormal rows. kind "clamp": ``h + (value - h @ v) * v`` with the unit
-    vector ``v = vectors[0]``.
+    ``h - fraction * (h @ vectors.T - to) @ vectors`` with orthonormal rows. kind "clamp":
+    ``h + (value - h @ v) * v`` with the unit vector ``v = vectors[0]``; with a `side` only where ``h @ v`` is larger
+    (at_most) or smaller (at_least).
     """
 
     kind: Literal["add", "project_out", "clamp"]
     site: Site
     vectors: npt.NDArray[np.float32]  # [1 or rank, d_model]
-    tokens: Tokens
+    tokens: Tokens | Region
     value: float = 0.0  # the projection that a clamp sets
+    to: tuple[float, ...] = ()  # [rank] what project_out leaves along each vector; (): nothing
+    fraction: float = 1.0
+    side: Side = "both"
+
+    @cached_property
+    def region(self) -> Region:
+        """What `tokens` means."""
+        return region_of(self.tokens)
 
     @cached_property
     def digest(self) -> bytes:
         """Hash of what the operation does where: equal for operations of several conditions that do the same."""
-        what = f"{self.kind}|{self.site}|{self.tokens!r}|{self.value!r}|{self.vectors.shape}|".encode()
+        affine = f"{self.value!r}|{self.to!r}|{self.fraction!r}|{self.side}"
+        what = f"{self.kind}|{self.site}|{self.region!r}|{affine}|{self.vectors.shape}|".encode()
         return hashlib.sha256(what + np.ascontiguousarray(self.vectors).tobytes()).digest()
 
 
@@ -88,7 +110,21 @@ def seeds_of(replay: Replay, spec: ConditionSpec) -> list[int]:
 def interventions_text(spec: ConditionSpec) -> str:
     """Spell a condition's interventions as the table `conditions` keeps them."""
     # Not canonical JSON, which spells the fraction 1.0 like the layer 1.
-    return json.dumps([item.model_dump(mode="json", by_alias=True) for item in spec.interventions])
+    new = {"to": None, "fraction": 1.0, "side": "both"}  # omitted when default so that existing texts do not change
+    records = [item.model_dump(mode="json", by_alias=True) for item in spec.interventions]
+    return json.dumps([{k: v for k, v in record.items() if k not in new or v != new[k]} for record in records])
+
+
+class Summarise(Protocol):
+    """What sums up captured rows for interventions."""
+
+    def __call__(self, what: RowsStatistic, site: Site, vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the statistic of h . v over rows for each of `vectors` [rank, d_model]: [rank].
+
+        Raises:
+            MissingDataError: if a row is not captured at the site.
+        """
+        ...
 
 
 def resolve_conditions(
@@ -100,11 +136,14 @@ def resolve_conditions(
     *,
     failed: Mapping[str, str] | None = None,
     set_aside: dict[str, str] | None = None,
+    summarise: Summarise | None = None,
+    reasons: dict[str, str] | None = None,
 ) -> tuple[list[Condition], list[str]]:
     """Return the conditions whose directions are there, and the names of those that still wait for some.
 
     Layers are resolved as they are: `store.study_layers.check_layers` has checked them, and names lines. `file` is the
-    study file, for the error message.
+    study file, for the error message. `summarise` gives what interventions take from captured rows; `reasons` is filled
+    with why a condition waits where that is not for its directions.
 
     A condition that needs a direction where it does not exist is put into `set_aside` with the cause, and so is one
     whose subspace is linearly dependent; ``layers: all`` needs every layer. `failed` says of directions that do not
@@ -130,7 +169,7 @@ def resolve_conditions(
             if directions[direction].model != model:
                 raise MismatchError(f"direction {direction!r} belongs to another model; run resid directions again")
         try:
-            operations = tuple(o for item in spec.interventions for o in _operations(item, directions, n_layers))
+            made = [_operations(item, directions, n_layers) for item in spec.interventions]
         except MissingDataError:  # computed before the study captured these layers
             waiting.append(name)
             continue
@@ -147,16 +186,47 @@ def resolve_conditions(
             key = f"replay.conditions.{one.base}.interventions"
             remedy = "name each direction once, and only independent ones"
             raise StudyError(str(error), file=where(file, key), key=key, remedy=remedy) from None
+        try:
+            made = [_affine(item, part, summarise) for item, part in zip(spec.interventions, made, strict=True)]
+        except MissingDataError as error:
+            waiting.append(name)
+            if reasons is not None:
+                reasons[name] = str(error).partition("\n")[0]
+            continue
+        operations = tuple(operation for part in made for operation in part)
         prompts = tuple(spec.prompts or replay.prompts)
-        key = _key(spec, directions, n_layers, model)
+        key = _key(spec, made, directions, n_layers, model)
         conditions.append(Condition(name, one.series, spec.control_of, one.coefficient, prompts, spec, key, operations))
     return conditions, waiting
 
 
-def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int, model: str) -> str:
+def _affine(
+    item: Add | ProjectOut | Clamp, operations: list[Operation], summarise: Summarise | None
+) -> list[Operation]:
+    """Put the numbers that come from captured rows into an intervention's operations."""
+    what = statistic_of(item)
+    if what is None:
+        return operations
+    if summarise is None:
+        raise MissingDataError("what it takes from captured rows is not there")
+    found = []
+    for operation in operations:
+        values = tuple(float(np.float32(v)) for v in summarise(what, operation.site, operation.vectors.astype(float)))
+        how: dict[str, Any] = {"to": values} if isinstance(item, ProjectOut) else {"value": values[0]}
+        found.append(replace(operation, **how))
+    return found
+
+
+def _key(
+    spec: ConditionSpec,
+    made: Sequence[Sequence[Operation]],
+    directions: Mapping[str, Direction],
+    n_layers: int,
+    model: str,
+) -> str:
     """Hash what the condition does: spellings of the same layers agree, other vectors of the same name do not."""
     items = []
-    for item in spec.interventions:
+    for item, operations in zip(spec.interventions, made, strict=True):
         named = directions_of(item)
         record: dict[str, object] = {
             "kind": _kind(item),
@@ -165,7 +235,7 @@ def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int
             "component": item.component,
             "layers": resolve_layers(item.layers, n_layers),
             "from_layer": None if item.from_layer is None else resolve_layer(item.from_layer, n_layers),
-            "tokens": item.tokens,
+            "tokens": region_of(item.tokens).identity,
         }
         if item.from_offset:  # left out where it is 0: keys of before stay
             record["from_offset"] = item.from_offset
@@ -174,7 +244,14 @@ def _key(spec: ConditionSpec, directions: Mapping[str, Direction], n_layers: int
             record["coefficient"] = item.coefficient
             record["norm"] = {"match": directions[norm.match].digest} if isinstance(norm, MatchNorm) else norm
         if isinstance(item, Clamp):
-            record["projection"] = item.projection
+            measured = [operation.value for operation in operations]
+            record["projection"] = measured if isinstance(item.projection, RowsStatistic) else item.projection
+            if item.side != "both":  # omitted when default so that existing keys do not change
+                record["side"] = item.side
+        if isinstance(item, ProjectOut) and item.to is not None:
+            record["to"] = [operation.to for operation in operations]
+        if isinstance(item, ProjectOut) and item.fraction != 1:
+            record["fraction"] = item.fraction
         items.append(record)
     return fingerprint({"model": model, "interventions": items})
 
@@ -205,9 +282,9 @@ def _operations(item: Add | ProjectOut | Clamp, directions: Mapping[str, Directi
             operations.append(Operation("add", site, vector[None].astype(np.float32), item.tokens))
         elif isinstance(item, Clamp):
             unit = directions[item.clamp].unit(source)
-            operations.append(
-                Operation("clamp", site, unit[None].astype(np.float32), item.tokens, float(item.projection))
-            )
+            value = 0.0 if isinstance(item.projection, RowsStatistic) else float(item.projection)
+            clamped = unit[None].astype(np.float32)
+            operations.append(Operation("clamp", site, clamped, item.tokens, value, side=item.side))
         else:
             units = [directions[name].unit(source) for name in item.project_out]
             basis = orthonormal_basis(units)
@@ -215,7 +292,8 @@ def _operations(item: Add | ProjectOut | Clamp, directions: Mapping[str, Directi
                 raise _DependentError(
                     f"the directions {', '.join(item.project_out)} are linearly dependent at layer {source}"
                 )
-            operations.append(Operation("project_out", site, basis.astype(np.float32), item.tokens))
+            rows = basis.astype(np.float32)
+            operations.append(Operation("project_out", site, rows, item.tokens, fraction=float(item.fraction)))
     return operations
 
 
@@ -249,11 +327,20 @@ def check_token_ranges(condition: Condition, row: Row) -> None:
         ValueError: otherwise, naming condition, range and prompt.
     """
     for operation in condition.operations:
-        if isinstance(operation.tokens, TokenRange):
+        if operation.region.counted:
             try:
-                operation.tokens.span(row.spans.prompt_length)
+                operation.region.in_prompt(row.spans.prompt_length)
             except ValueError as error:
                 raise ValueError(f"condition {condition.name!r}: {error} (prompt {row.prompt_id[:16]})") from None
+
+
+def operations_for(condition: Condition, row: Row) -> tuple[Operation, ...]:
+    """Return a condition's operations as they act on one row: parts of the prompt become positions.
+
+    Raises:
+        ValueError: if the row does not say where its prompt's parts lie, or has no token of those that are named.
+    """
+    return condition.operations
 
 
 @dataclass(frozen=True)

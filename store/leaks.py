@@ -17,6 +17,7 @@ from store.study import Study
 from store.study_choices import choices_of
 from store.study_directions import ancestors, reads
 from store.study_expand import expand, expand_conditions
+from store.study_interventions import statistic_of
 from store.study_traits import parse_trait_set, trait_set_name
 from store.yaml_file import where
 
@@ -58,11 +59,17 @@ def _refuse_choices(study: Study, sets: Mapping[str, PromptSet]) -> None:
     read: dict[str, str] = {}
     for direction in study.directions:
         read = {**dict.fromkeys(_sets_read(study, direction), direction), **read}  # the first that reads a set is named
+    taken = {
+        name: f"which the condition {base!r} takes a number from"
+        for base, condition in study.replay.conditions.items()
+        for what in filter(None, map(statistic_of, condition.interventions))
+        for name in what.sets
+    }
     for choice, selection in study.select.items():
         if selection.given is not None:
             continue
         used = {name: "on which its effect is reported" for name in _reported(study, choice)}
-        used |= {name: f"which the direction {direction!r} reads" for name, direction in read.items()}
+        used |= taken | {name: f"which the direction {direction!r} reads" for name, direction in read.items()}
         for name in selection.sets:
             for other, why in used.items():
                 # Turns of user personas are the model's own words: their sets may not be made yet.
@@ -155,4 +162,5 @@ def _together(study: Study) -> Iterator[tuple[str, Iterable[str]]]:
     for item in expand_conditions(study.replay):
         used = {name for name in directions_used(item.spec) if name in study.directions}
         read = {name for direction in used for name in _sets_read(study, direction)}
+        read |= {name for one in item.spec.interventions if (what := statistic_of(one)) for name in what.sets}
         yield "replay", {*(item.spec.prompts or study.replay.prompts), *read}

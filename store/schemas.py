@@ -257,6 +257,21 @@ TABLES: dict[str, pa.Schema] = {
         ("token_index", INT32),
         ("projection", FLOAT32),
     ),
+    # What each operation of a condition did to each text, over the tokens that were read under it.
+    "intervention_effects": _schema(
+        ("generation_key", TEXT),
+        ("intervention", INT32),  # number of the operation in its condition: an intervention at two sites is two
+        ("kind", TEXT),  # add | project_out | clamp
+        ("component", TEXT),
+        ("layer", INT32),
+        ("n_tokens", INT32),  # that it acted on, of prompt and response
+        ("change", FLOAT64),  # sum over tokens of ||dh||^2
+        ("largest_share", FLOAT64),  # of `change`, in the token that changed most; null where nothing changed
+        ("largest_token", INT32),  # its position in prompt and response
+        ("max_relative", FLOAT64),  # largest ||dh|| / ||h|| of a token
+        ("mean_relative", FLOAT64),  # mean over tokens of ||dh|| / ||h||
+        nullable=("largest_share", "largest_token"),
+    ),
     # Which judges a study asks for. A study without rows here shows every judge and version that scored it.
     "judges": _schema(
         ("study", TEXT),

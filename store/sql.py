@@ -60,6 +60,7 @@ VIEWS: dict[str, str] = {
     "generations": "the texts that current studies ask for",
     "all_generations": "every text ever written, as stored",
     "monitored": "projections recorded while generating",
+    "intervention_effects": "how each intervention's change of a text is spread over its tokens",
     "scores": "judge scores of the generations that current studies ask for",
     "all_scores": "every score ever written, as stored",
     "labels": "per generation and refusal judge: refusal, degenerate, verdict (NULL where not scored)",
@@ -115,6 +116,8 @@ CREATE VIEW projections AS
 CREATE VIEW monitored AS
     SELECT DISTINCT ON (generation_key, direction, direction_key, component, layer, token_index) *
     FROM stored.monitored;
+CREATE VIEW intervention_effects AS
+    SELECT DISTINCT ON (generation_key, intervention) * FROM stored.intervention_effects;
 CREATE VIEW all_generations AS SELECT * FROM stored.generations;
 CREATE VIEW all_scores AS SELECT * FROM stored.scores;
 

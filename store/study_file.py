@@ -18,7 +18,7 @@ from store.study import CaptureEntry, Study
 from store.study_checks import Complaints, check_choices, check_claims, check_comparisons
 from store.study_choices import without_idle_candidates
 from store.study_directions import RandomMatched, Reading, component_in, reads, references
-from store.study_interventions import Add, Clamp, MatchNorm, directions_of
+from store.study_interventions import Add, Clamp, MatchNorm, directions_of, statistic_of
 from store.study_names import families, with_plain_names
 from store.study_traits import SIDES, parse_trait_set, trait_set_name
 from store.yaml_file import KeyPath, file_of, read_with_base, validation_error
@@ -269,6 +269,9 @@ class _Checker(Complaints):
                     self.fail("a condition is no control of itself", (*path, "control_of"), "name another condition")
             for index, intervention in enumerate(condition.interventions):
                 here: KeyPath = (*path, "interventions", index)
+                if (taken := statistic_of(intervention)) is not None:
+                    from_rows = "projection" if isinstance(intervention, Clamp) else "to"
+                    self.prompts(taken.sets, (*here, from_rows, "of" if taken.mean is None else "mean"))
                 if isinstance(intervention, Add):
                     self.known("direction", intervention.add, specs, (*here, "add"))
                     if isinstance(intervention.norm, MatchNorm):

@@ -23,7 +23,7 @@ from store.model_ref import ModelRef
 from store.rows import Row
 from store.sites import Site, Spans
 from store.study import ConditionSpec
-from store.study_interventions import TokenRange, Tokens
+from store.study_interventions import TokenRange, Tokens, TokenScope
 
 
 @cache
@@ -65,6 +65,7 @@ class Step:
     raw: Tensor
     tokens: Tokens = "all"
     value: float = 0.0
+    bound: float = float("inf")  # norm beyond which a token is a sink, for scopes by sinks
 
     def operation(self) -> Operation:
         """Return what the engines are given."""
@@ -84,6 +85,32 @@ class Step:
         wide = h.double()
         removed: Tensor = wide - (wide @ basis) @ basis.T
         return removed.float()
+
+
+def named(tokens: Tokens, at: int, prompt_length: int, sink: bool) -> bool:
+    """Tell whether a scope names the token at a position of a row."""
+
+    def within(bounds: object, index: int, length: int) -> bool:
+        if bounds is None:
+            return False
+        if isinstance(bounds, TokenRange):
+            first = bounds.first + length if bounds.first < 0 else bounds.first
+            end = bounds.end if bounds.end is None or bounds.end >= 0 else bounds.end + length
+            return first <= index and (end is None or index < end)
+        return True
+
+    in_prompt = at < prompt_length
+    match tokens:
+        case TokenRange():
+            return within(tokens, at, prompt_length) and (in_prompt or tokens.end is None)
+        case TokenScope():
+            both = tokens.prompt is None and tokens.response is None
+            side = tokens.prompt if in_prompt else tokens.response
+            inside = within("all" if both else side, at if in_prompt else at - prompt_length, prompt_length)
+            return inside and (tokens.sink == "with" or sink == (tokens.sink == "only"))
+    if tokens in ("all_but_sink", "sink"):
+        return sink == (tokens == "sink")
+    return tokens == "all" or in_prompt == (tokens == "prompt")
 
 
 def condition(name: str, steps: Sequence[Step] = ()) -> Condition:
@@ -112,9 +139,16 @@ def module_of(model: Any, site: Site) -> tuple[Any, bool]:
 
 @contextmanager
 def steered(
-    model: Any, steps: Sequence[Step], prompt_length: int, seen: dict[Site, list[Tensor]] | None = None
+    model: Any,
+    steps: Sequence[Step],
+    prompt_length: int,
+    seen: dict[Site, list[Tensor]] | None = None,
+    changes: dict[int, list[tuple[int, float, float]]] | None = None,
 ) -> Iterator[None]:
-    """Apply steps in forward passes of one unpadded row; `seen` collects what resid_post of each layer then holds."""
+    """Apply steps in forward passes of one unpadded row; `seen` collects what resid_post of each layer then holds.
+
+    `changes` collects, by step, each changed token's position, and the squared norms of its change and of itself.
+    """
 
     def change(site: Site) -> Callable[[Tensor], Tensor]:
         start = 0  # tokens that went through this site so far
@@ -128,17 +162,14 @@ def steered(
             for step in here:
                 for token in range(h.shape[1]):
                     at = start + token
-                    match step.tokens:
-                        case TokenRange() as tokens:
-                            inside = at in range(prompt_length)[tokens.first : tokens.end]
-                        case "prompt":
-                            inside = at < prompt_length
-                        case "response":
-                            inside = at >= prompt_length
-                        case _:
-                            inside = True
-                    if inside:
+                    arrived = raw[0, token].float().norm() > step.bound
+                    if named(step.tokens, at, prompt_length, bool(arrived)):
+                        before = h[0, token].float().clone()
                         h[0, token] = step.apply(h[0, token]).to(h.dtype)
+                        if changes is not None:
+                            moved = (h[0, token].float() - before).double().norm() ** 2
+                            change = (at, float(moved), float(before.double().norm() ** 2))
+                            changes.setdefault(list(steps).index(step), []).append(change)
             start += h.shape[1]
             if seen is not None and site.component == "resid_post":
                 seen.setdefault(site, []).append(h[0])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import common_starts, scheduler
 from pipeline.common_starts import start_key
-from pipeline.interventions import acts_on_prompts, scope_of
+from pipeline.interventions import acts_on_prompts, spans_of
 from pipeline.kv_slots import KVSlots
 from pipeline.lean_llama import LeanLlama
 from pipeline.models import LoadedModel
@@ -120,7 +120,7 @@ def test_starts_have_one_key_only_if_the_same_is_done_to_the_same_tokens() -> No
     done = []
     for entrant in entrants:
         acting = [o for o in entrant.operations if acts_on_prompts(o)]
-        spans = [(o.digest, *scope_of(o, len(entrant.prompt))) for o in acting]
+        spans = [(o.digest, *span) for o in acting for span in spans_of(o, len(entrant.prompt))]
         clipped = [(digest, a, min(4, 4 if b is None else b)) for digest, a, b in spans]
         done.append([(digest, a, b) for digest, a, b in clipped if a < b])
     keys = [start_key(entrant) for entrant in entrants]
