@@ -188,6 +188,8 @@ def derived_key(spec: Derived, parents: Mapping[str, Direction]) -> str:
         return fingerprint([parent.digest, parent.layers, parent.model, parent.component, parent.position])
 
     record = spec.model_dump(exclude_none=True)
+    if record.get("draw") == "layer":
+        del record["draw"]  # omitted when default so that existing keys do not change
     for field, value in record.items():
         if field in ("minuend", "subtrahend", "direction", "match_norm"):
             record[field] = identity(value)
@@ -238,7 +240,8 @@ def derive(name: str, spec: Derived, parents: Mapping[str, Direction]) -> Direct
         assert spec.seed is not None
         first = parents[spec.match_norm]
         layers = first.layers
-        vectors = random_directions(layers, first.vectors.shape[1], spec.seed) * first.norms[:, None]
+        units = random_directions([0] if spec.draw == "shared" else layers, first.vectors.shape[1], spec.seed)
+        vectors = units * first.norms[:, None]
     there = [i for i, layer in enumerate(layers) if layer not in undefined]
     require_layers(there, undefined)
     return Direction(

@@ -119,6 +119,7 @@ class Random(_Seeded):
 
     method: Literal["random"]
     match_norm: str
+    draw: Literal["layer", "shared"] = Field(default="layer", description="shared: one unit vector at all layers")
 
 
 class RandomMatched(_Seeded):

@@ -376,6 +376,19 @@ def test_random_directions_are_seeded_and_have_the_norms_of_another() -> None:
     assert np.std(cosines) == pytest.approx(1 / 24, rel=0.3)
 
 
+def test_a_shared_draw_is_one_unit_vector_at_all_layers() -> None:
+    match = made("m", 3)
+    before, per_layer, shared = (
+        Random.model_validate({"method": "random", "seed": 3, "match_norm": "m", **draw})
+        for draw in ({}, {"draw": "layer"}, {"draw": "shared"})
+    )
+    direction = derive("r", shared, {"m": match})
+    for layer in match.layers:
+        np.testing.assert_allclose(direction.unit(layer), direction.unit(0), atol=1e-6)
+    np.testing.assert_allclose(direction.norms, match.norms, rtol=1e-6)
+    assert derived_key(per_layer, {"m": match}) == derived_key(before, {"m": match}) != direction.key
+
+
 def test_a_random_direction_at_a_layer_does_not_depend_on_which_other_layers_there_are() -> None:
     np.testing.assert_array_equal(random_directions([4, 2], 10, 1), random_directions(range(5), 10, 1)[[4, 2]])
 
