@@ -32,6 +32,7 @@ PAPER = {"refusal": {"given": {"layer": 10}}, "persona": {"given": {"layer": 20,
 # inventory: persona at block 20, coefficient 3; refusal rescaled, coefficient 2.
 Step = tuple[str, str, int, float | None]
 MP: Step = ("add", "persona", 20, 3)
+SEEDS = (7, 13, 29, 2024)
 TABLE: dict[str, list[Step]] = {
     "baseline": [],
     "mp_only": [MP],
@@ -69,7 +70,19 @@ TABLE: dict[str, list[Step]] = {
     "ko_only_L22": [("out", "persona", 22, None)],
     "ko_only_window": [("out", "persona", 22, None), ("out", "persona", 24, None), ("out", "persona", 26, None)],
     "late_refusal_only": [("add", "refusal", 22, 2)],
+    **{
+        f"random_add_ko_L22[seed={n}]": [("add", f"random_{n}", 20, 3), ("out", f"random_{n}", 22, None)] for n in SEEDS
+    },
 }
+# All others act on all tokens.
+TOKENS = {
+    "mp_only_ko_L22_but_sink": "all_but_sink",
+    "mp_only_ko_L22_sink": "sink",
+    "ko_only_L22_but_sink": "all_but_sink",
+    "ko_only_L22_sink": "sink",
+}
+for name in TOKENS:
+    TABLE[name] = TABLE[name.removesuffix("_but_sink").removesuffix("_sink")]
 for rank in (1, 2, 3, 5, 10):
     subspace = "+".join(f"refusal_pc.{i}" for i in range(1, rank + 1))
     TABLE[f"refusal_subspace_ablation_{rank}"] = [("out", subspace, layer, None) for layer in range(14, 28)]
@@ -125,7 +138,9 @@ def steps(study: Study, n_layers: int) -> dict[str, list[tuple[Step, int]]]:
                         assert step.norm == "natural"
                 else:
                     found[item.name].append((("out", "+".join(step.project_out), layer, None), source))
-                assert (step.component, step.tokens) == ("resid_post", "all")
+                scoped = step is item.spec.interventions[-1]
+                assert step.component == "resid_post"
+                assert step.tokens == (TOKENS.get(item.name, "all") if scoped else "all")
     return found
 
 
