@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from analysis.statistics import bootstrap_mean_interval
 from jobs.check_model import noise_floor
 from jobs.context import Context
 from jobs.effects import effect_warnings
@@ -26,9 +27,12 @@ LOOK_WITHOUT_CONTROLS = (
     "here has a control (`control_of`), so the table cannot tell whether any other direction would do the same."
 )
 MONITORED = """
-SELECT condition, prompt_set, avg(projection) AS projection
-FROM monitored JOIN generations USING (generation_key)
-WHERE study = {study} AND model = {model} AND direction = {direction} AND layer = {layer} GROUP BY ALL"""
+SELECT condition, prompt_set,
+    list(projection ORDER BY generation_key) AS means, list(prompt_id ORDER BY generation_key) AS prompts
+FROM (SELECT condition, prompt_set, prompt_id, generation_key, avg(projection) AS projection
+    FROM monitored JOIN generations USING (generation_key)
+    WHERE study = {study} AND model = {model} AND direction = {direction} AND layer = {layer} GROUP BY ALL)
+GROUP BY ALL"""
 
 
 def print_summary(context: Context) -> None:
@@ -58,7 +62,8 @@ def print_summary(context: Context) -> None:
     if watched is not None:
         console.print(
             f"h.{watched[0]} @{watched[1]}: mean projection of generated tokens on the unit direction "
-            f"{watched[0]!r} at layer {watched[1]}, after the interventions there",
+            f"{watched[0]!r} at layer {watched[1]}, after the interventions there, with a 95% bootstrap interval over "
+            "prompts",
             markup=False,
         )
     if study.description:
@@ -100,7 +105,7 @@ def _table(source: Source, rates: Sequence[Record], watched: tuple[str, int] | N
             cells += [_score(scores.get((*cell, name))) for name, _ in measured]
             cells.append(_number(fact.get("tokens"), 0))
             if watched is not None:
-                cells.append(_number(projections.get(cell, {}).get("projection"), 1))
+                cells.append(_mean(projections.get(cell)))
             table.add_row(*map(escape, cells))
         table.add_section()
     return table
@@ -130,6 +135,15 @@ def _percent(value: float | None) -> str:
 def _number(value: float | None, digits: int) -> str:
     # Adding 0.0 turns the -0.0 of a projection that was taken out into 0.0.
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _mean(record: Record | None) -> str:
+    """A mean over texts, with its bootstrap interval over prompts."""
+    if record is None:
+        return "-"
+    interval = bootstrap_mean_interval(record["means"], seed=0, groups=record["prompts"], resamples=2000)
+    low, high = (_number(bound, 1) for bound in (interval.low, interval.high))
+    return f"{_number(interval.estimate, 1)} [{low}, {high}]"
 
 
 def _watched(context: Context) -> tuple[str, int] | None:
