@@ -242,6 +242,7 @@ def main() -> None:
         "decoding not shared": {"share_decoding": False},
         "drafts": {"share_drafts": True},
         "nothing shared": NOTHING_SHARED,
+        "effects not recorded": {"record_effects": False},
         "packed weights": {"pack": True},
         "padded": {"lean": False},
     }

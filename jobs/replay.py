@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jobs.asked import AskedTexts, Wanted
@@ -19,6 +20,7 @@ from store.conditions import (
     decoding_key,
     decoding_of,
     interventions_text,
+    needs_parts,
 )
 from store.errors import StudyError
 from store.fingerprint import canonical_json
@@ -43,10 +45,19 @@ class ReplayPlan(AskedTexts):
 
     def row(self, item: Wanted) -> Row:
         """Return the rendered prompt of a text."""
-        return self.inputs.prompt_row(item.prompt_id, with_response=False)
+        return self._row(item.condition, self.context.prompts_by_id[item.prompt_id])
+
+    def _row(self, condition: Condition, prompt: Prompt) -> Row:
+        """Return a rendered prompt; where the condition names parts of it, with where they lie."""
+        row = self.inputs.render(prompt, with_response=False)
+        if not needs_parts(condition):
+            return row
+        from pipeline.parts import parts_of
+
+        return replace(row, parts=parts_of(prompt, self.context.tokenizer, self.context.chat_model))
 
     def row_key(self, condition: Condition, prompt: Prompt) -> str:
-        row = self.inputs.render(prompt, with_response=False)
+        row = self._row(condition, prompt)
         self._check_ranges(condition, row)
         new_tokens = decoding_of(self.replay, condition.spec).max_new_tokens
         key = f"replay.conditions.{condition.base}"

@@ -321,26 +321,46 @@ def orthonormal_basis(vectors: Sequence[npt.NDArray[np.float64]], tolerance: flo
 
 
 def check_token_ranges(condition: Condition, row: Row) -> None:
-    """Check that a row's prompt has the tokens that a condition's ranges name.
+    """Check that a row's prompt has the tokens that a condition's ranges and parts name.
 
     Raises:
         ValueError: otherwise, naming condition, range and prompt.
     """
-    for operation in condition.operations:
-        if operation.region.counted:
-            try:
-                operation.region.in_prompt(row.spans.prompt_length)
-            except ValueError as error:
-                raise ValueError(f"condition {condition.name!r}: {error} (prompt {row.prompt_id[:16]})") from None
+    try:
+        operations_for(condition, row)
+    except ValueError as error:
+        raise ValueError(f"condition {condition.name!r}: {error} (prompt {row.prompt_id[:16]})") from None
 
 
 def operations_for(condition: Condition, row: Row) -> tuple[Operation, ...]:
     """Return a condition's operations as they act on one row: parts of the prompt become positions.
 
     Raises:
-        ValueError: if the row does not say where its prompt's parts lie, or has no token of those that are named.
+        ValueError: if the prompt lacks tokens that are named, or the row does not say where its parts lie.
     """
-    return condition.operations
+    if not any(operation.region.counted for operation in condition.operations):
+        return condition.operations
+    found = []
+    for operation in condition.operations:
+        region = operation.region
+        if region.counted:
+            first, end = region.in_prompt(row.spans.prompt_length)
+            if region.parts:
+                named = ", ".join(region.parts)
+                if row.parts is None:
+                    raise ValueError(f"where {named} tokens lie in the prompt is not known")
+                spans = [(max(a, first), min(b, end)) for part, a, b in row.parts if part in region.parts]
+                inside = tuple((a, b) for a, b in spans if a < b)
+                if not inside:
+                    raise ValueError(f"the prompt has no {named} tokens from {first} to {end}")
+                operation = replace(operation, tokens=replace(region, spans_in_prompt=inside))
+        found.append(operation)
+    return tuple(found)
+
+
+def needs_parts(condition: Condition) -> bool:
+    """Tell whether a condition's scopes name turns of the prompt, or the template's tokens."""
+    return any(operation.region.parts for operation in condition.operations)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Row:
     spans: Spans
     source: RowSource = "prompt"
     generation_key: str | None = None
+    # (system | user | assistant | template, first token, end) of the prompt, where they were asked for. Not in the key.
+    parts: tuple[tuple[str, int, int], ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) < self.spans.response_end:

@@ -143,3 +143,28 @@ def test_no_page_is_wider_than_its_window(tmp_path: Path, width: int) -> None:
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     [found] = re.findall(r'<p id="o">(\d+)</p>', dom)
     assert int(found) <= width
+
+
+def test_the_table_warns_of_an_intervention_that_acts_through_one_token(
+    judged: ResultStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Used to happen: a projection at all tokens was read as one, where 99.9% of it was a change of a constant token 0.
+    assert "acts mostly on one token" not in printed(judged, capsys)
+    texts = judged.read("generations", columns=["generation_key", "condition_key"]).to_pylist()
+    name = sorted({text["condition_key"] for text in texts})[0]
+    effects = []
+    for text in texts:
+        inside = text["condition_key"] == name
+        for number, share in enumerate((0.8 if inside else 0.2, 1.0)):
+            effect = {"intervention": number, "kind": "project_out", "component": "resid_post", "layer": 3 + number}
+            effect |= {"n_tokens": 1 if number else 9, "change": 2.0, "largest_share": share, "largest_token": 0}
+            effects.append(
+                {**effect, "generation_key": text["generation_key"], "max_relative": 0.1, "mean_relative": 0.1}
+            )
+    put(judged, "intervention_effects", effects)
+    lines = [line for line in printed(judged, capsys).splitlines() if "acts mostly" in line]
+    # One token alone, as in the second operation, is what the study asked for.
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        f"warning: {name.removeprefix('key-')}: project_out at resid_post.3 acts mostly on one token"
+    )
