@@ -70,6 +70,8 @@ TABLE: dict[str, list[Step]] = {
     "ko_only_L22": [("out", "persona", 22, None)],
     "ko_only_window": [("out", "persona", 22, None), ("out", "persona", 24, None), ("out", "persona", 26, None)],
     "late_refusal_only": [("add", "refusal", 22, 2)],
+    "prompted_persona": [],
+    "prompted_ko_L22": [("out", "persona", 22, None)],
     **{
         f"random_add_ko_L22[seed={n}]": [("add", f"random_{n}", 20, 3), ("out", f"random_{n}", 22, None)] for n in SEEDS
     },
@@ -80,6 +82,8 @@ TOKENS = {
     "mp_only_ko_L22_sink": "sink",
     "ko_only_L22_but_sink": "all_but_sink",
     "ko_only_L22_sink": "sink",
+    "prompted_ko_L22_but_sink": "all_but_sink",
+    "prompted_ko_L22_sink": "sink",
 }
 for name in TOKENS:
     TABLE[name] = TABLE[name.removesuffix("_but_sink").removesuffix("_sink")]
@@ -183,7 +187,7 @@ def test_all_conditions_but_those_of_persona_choice_and_subspaces_are_replayed_o
     study = study_with(tmp_path)
     assert study.replay is not None
     for item in expand_conditions(study.replay):
-        subspace = item.base.startswith("refusal_subspace_ablation")
+        subspace = item.base.startswith(("refusal_subspace_ablation", "prompted_"))  # harmful requests alone
         if not subspace and item.base not in ("persona_answers", "refusal_candidates", "persona_candidates"):
             assert {"harmful@test", "harmless@test"} <= set(item.spec.prompts or study.replay.prompts)
     sizes = {name: len(found.prompts) for name, found in Context(study).fixed_sets.items()}
