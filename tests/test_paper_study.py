@@ -209,7 +209,7 @@ def test_the_texts_fit_the_time_that_the_study_states(tmp_path: Path) -> None:
     turns = sum(len(sets[f"compliant.{side}"].prompts) for side in ("positive", "negative"))  # of user personas
     text = (STUDIES / "persona_gates_refusal.yaml").read_text()
     assert f"{len(same) + turns:,} texts" in text
-    assert (len(same) + turns) * study.replay.decoding.max_new_tokens / 110 < 30 * 60
+    assert (len(same) + turns) * study.replay.decoding.max_new_tokens / 110 < 33 * 60
 
 
 def test_the_geometry_is_the_papers_and_its_test_prompts_are_held_out(tmp_path: Path) -> None:
