@@ -17,7 +17,7 @@ Html = NewType("Html", str)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light }
-body { margin: 0 auto; padding: 1.2rem 1.5rem 4rem; max-width: 1000px; background: #fff; color: #1c1c1c;
+body { margin: 0 auto; padding: 1.2rem 1.5rem 4rem; max-width: 1120px; background: #fff; color: #1c1c1c;
   overflow-wrap: anywhere; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif }
 h1 { font-size: 1.6rem; margin: .2rem 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem;
   border-top: 1px solid #ddd; padding-top: 1rem } h3 { font-size: 1rem; margin: 1.3rem 0 .3rem }
@@ -29,6 +29,7 @@ p { margin: .4rem 0; max-width: 75ch } .note { color: #555; font-size: .88rem } 
 table { border-collapse: collapse; font-size: .84rem; overflow-wrap: normal }
 th, td { padding: .18rem .7rem .18rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
 th { border-bottom-color: #999; font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums }
+td.number { white-space: nowrap }
 svg.figure { display: block; width: 100%; min-width: 620px; height: auto; margin: .6rem 0 }
 svg.figure * { stroke-linejoin: round; stroke-linecap: butt }
 details { margin: .4rem 0 } summary { cursor: pointer; color: #00548a; font-size: .88rem; overflow-wrap: anywhere }

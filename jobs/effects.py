@@ -19,6 +19,20 @@ WHERE study = {study} AND model = {model} AND intervention_effects.n_tokens > 1 
 GROUP BY ALL HAVING avg(largest_share) > {most} ORDER BY condition, kind, component, layer, intervention"""
 
 
+# Share of the squared change of what a control stands for that it makes itself without a warning.
+LEAST = 0.5
+CONTROLS = """\
+WITH changes AS (
+    SELECT condition, base_condition, control_of, kind, sum(change) / count(DISTINCT generation_key) AS change
+    FROM intervention_effects JOIN generations USING (generation_key)
+    WHERE study = {study} AND model = {model} GROUP BY ALL
+)
+SELECT control.condition, control.control_of, kind, any_value(control.change) / avg(controlled.change) AS share
+FROM changes AS control JOIN changes AS controlled USING (kind)
+WHERE control.control_of IN (controlled.condition, controlled.base_condition)
+GROUP BY ALL HAVING share < {least} ORDER BY ALL"""
+
+
 def effect_warnings(connection: duckdb.DuckDBPyConnection, study: str, model: str) -> list[str]:
     """Return a warning for each condition and kind of intervention that acts mostly on one token.
 
@@ -40,3 +54,18 @@ def effect_warnings(connection: duckdb.DuckDBPyConnection, study: str, model: st
             f"{share:.0%} of its squared change sits in {token}. Compare it with tokens: all_but_sink"
         )
     return warnings
+
+
+def control_warnings(connection: duckdb.DuckDBPyConnection, study: str, model: str) -> list[str]:
+    """Return a warning for each control that changes the stream far less than what it controls.
+
+    Compared is the squared change summed over the tokens of a text, its mean over texts, for each kind of intervention.
+    A random direction that is projected out usually takes next to nothing away: that the texts stay as they are then
+    says nothing about the direction it stands beside.
+    """
+    asked = CONTROLS.format(study=quoted(study), model=quoted(model), least=LEAST)
+    return [
+        f"{record['condition']}: its {record['kind']} changes the stream {record['share']:.2g} times as much (squared) "
+        f"as that of {record['control_of']}. It is too weak to be a control of it"
+        for record in query(connection, asked).to_pylist()
+    ]

@@ -76,5 +76,5 @@ def report_page(source: Source, stale: Sequence[str] = ()) -> str:
         ("texts", "Texts side by side", report_replay.texts),
     ]
     sections = [Section(anchor, title, make(source)) for anchor, title, make in parts]
-    warnings = [page.note(line) for line in stale]
+    warnings = [page.paragraph(line, "warning") for line in stale]
     return page.render(f"Study {source.name}", [*warnings, *report_replay.head(source)], sections)

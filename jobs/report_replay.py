@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from analysis import page
 from analysis.page import Html
 from jobs.context import versions
-from jobs.effects import effect_warnings
+from jobs.effects import control_warnings, effect_warnings
 from jobs.report_source import Record, Source, as_number, as_percent, judge_of, noted_model
 from jobs.report_sql import (
     CONDITIONS,
@@ -64,7 +64,8 @@ def head(source: Source) -> list[Html]:
         rows = [(r["prompt_set"], r["responses"] or "", r["prompts"], r["rows"]) for r in sets]
         table = page.table(["prompt set", "with text of", "#prompts", "#rows"], rows)
         top.append(page.fold("Prompt sets", table, page.sql(source.sql(PROMPT_SETS))))
-    warnings = effect_warnings(source.connection, source.name, source.model)
+    about = (source.connection, source.name, source.model)
+    warnings = [*effect_warnings(*about), *control_warnings(*about)]
     top += [page.paragraph(f"Warning: {warning}", "note warning") for warning in warnings]
     top.append(page.sql(source.sql(MODEL), source.sql(VERSIONS)))
     if model.get("receipt"):
@@ -111,7 +112,7 @@ def refusals(source: Source) -> list[Html]:
         page.note(
             "Dots: refused texts among scored ones; whiskers: 95% Wilson intervals, which take texts as independent "
             "and so are too narrow where prompts are fewer than texts (several seeds). Hollow grey: controls, under "
-            "what they control. Unscored texts are no part of a rate."
+            f"what they control. Unscored texts do not count in a rate. Judged by {', '.join(judged)}."
         )
     )
     facts_sql = source.sql(TEXT_FACTS)
@@ -120,11 +121,14 @@ def refusals(source: Source) -> list[Html]:
     for r in rates:
         fact: Record = facts.get((r["prompt_set"], r["condition"]), {})
         interval = None if r["rate"] is None else f"{r['low']:.1%} to {r['high']:.1%}"
-        row = [r["prompt_set"], "\u2514 " * depth[r["condition"]] + r["condition"], judge_of(r), r["n"], r["n_prompts"]]
+        row = [r["prompt_set"], "\u2514 " * depth[r["condition"]] + r["condition"]]
+        row += [judge_of(r)] if len(judged) > 1 else []
+        row += [r["n"], r["n_prompts"]]
         row += [r["n_scored"], r["n"] - r["n_scored"], r["n_refused"], as_percent(r["rate"]), interval]
         row += [as_percent(fact.get("degenerate")), as_percent(fact.get("cut")), as_number(fact.get("tokens"), 1)]
         rows.append(row)
-    heads = ["prompt set", "condition", "judge", "#texts", "#prompts", "#scored", "#unscored", "#refused", "#rate"]
+    heads = ["prompt set", "condition", *(["judge"] if len(judged) > 1 else [])]
+    heads += ["#texts", "#prompts", "#scored", "#unscored", "#refused", "#rate"]
     heads += ["#95% interval", "#degenerate", "#cut at length", "#mean tokens"]
     body += [page.table(heads, rows), page.sql(sql, facts_sql)]
     body += _other_scores(source, depth)

@@ -11,7 +11,7 @@ from rich.table import Table
 from analysis.statistics import bootstrap_mean_interval
 from jobs.check_model import noise_floor
 from jobs.context import Context
-from jobs.effects import effect_warnings
+from jobs.effects import control_warnings, effect_warnings
 from jobs.report_source import Record, Source, judge_of
 from jobs.report_sql import OTHER_SCORES, RATES, TEXT_FACTS, quoted
 from store.layers import resolve_layers
@@ -55,7 +55,8 @@ def print_summary(context: Context) -> None:
         wide = console if terminal else Console(width=1000, highlight=False)
         wide.print(_table(source, shown, watched))
         console.print(noise_floor(context.results.location, context.identity.fingerprint), markup=False)
-        for warning in effect_warnings(connection, study.name, context.identity.fingerprint):
+        about = (connection, study.name, context.identity.fingerprint)
+        for warning in (*effect_warnings(*about), *control_warnings(*about)):
             console.print(f"warning: {warning}", markup=False)
     finally:
         connection.close()

@@ -125,6 +125,41 @@ def test_the_texts_say_in_words_which_they_are(judged: ResultStore) -> None:
     assert "SELECT" not in words.partition("SQL")[0]
 
 
+def test_a_control_that_changes_far_less_than_what_it_controls_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random direction that is projected out takes next to nothing away, which once passed for a control."""
+    results = ResultStore(Location.of(tmp_path / "results"))
+    put_prompts(results, SETS)
+    put_replay(
+        results,
+        [
+            {"condition": "out"},
+            {"condition": "weak", "control_of": "out"},
+            {"condition": "fair", "control_of": "out"},
+            {"condition": "other", "control_of": "out"},
+        ],
+        SETS,
+    )
+    change = {0: ("project_out", 100.0), 1: ("project_out", 0.2), 2: ("project_out", 60.0), 3: ("add", 0.1)}
+    effects = [
+        {
+            **{"generation_key": f"{number}/{prompts}/{i}", "intervention": 0, "kind": kind, "component": "resid_post"},
+            **{"layer": 3, "n_tokens": 9, "change": squared, "largest_share": 0.2, "largest_token": 4},
+            **{"max_relative": 0.1, "mean_relative": 0.1},
+        }
+        for number, (kind, squared) in change.items()
+        for prompts, count in SETS.items()
+        for i in range(count)
+    ]
+    put(results, "intervention_effects", effects)
+    text = " ".join(printed(results, capsys).split())
+    warning = "weak: its project_out changes the stream 0.002 times as much (squared) as that of out."
+    assert f"warning: {warning} It is too weak to be a control of it" in text
+    assert text.count("warning: ") == 1
+    assert warning in " ".join(Page(make(results)).text("head").split())
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_no_page_is_wider_than_its_window(tmp_path: Path, width: int) -> None:
