@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "Three commands to try next:"
 	@echo "  $(BIN)/resid sql \"SELECT layer, cosine FROM cosines WHERE direction_a = 'persona' AND direction_b = 'refusal' ORDER BY layer\""
-	@echo "  $(BIN)/resid sql \"SELECT condition, prompts.text AS prompt, generations.text FROM generations JOIN prompts USING (prompt_id) WHERE prompt_set = 'harmful@test' ORDER BY prompt_id, condition LIMIT 9\""
+	@echo "  $(BIN)/resid sql \"SELECT condition, prompts.text AS prompt, generations.text FROM generations JOIN prompts USING (prompt_id) WHERE prompt_set = 'harmful@test' ORDER BY prompt_id, condition LIMIT 12\""
 	@echo "  $(BIN)/resid plan --study $(DEMO)      # then change a direction in the file and look again"
 
 # The paper's study on the organism, from nothing to docs/reproduction.md.

@@ -27,10 +27,11 @@ WITH changes AS (
     FROM intervention_effects JOIN generations USING (generation_key)
     WHERE study = {study} AND model = {model} GROUP BY ALL
 )
-SELECT control.condition, control.control_of, kind, any_value(control.change) / avg(controlled.change) AS share
+SELECT control.base_condition AS condition, control.control_of, kind,
+    avg(control.change) / avg(controlled.change) AS share
 FROM changes AS control JOIN changes AS controlled USING (kind)
 WHERE control.control_of IN (controlled.condition, controlled.base_condition)
-GROUP BY ALL HAVING share < {least} ORDER BY ALL"""
+GROUP BY ALL HAVING share < {least} ORDER BY ALL"""  # what `each` or a sweep expands into counts together
 
 
 def effect_warnings(connection: duckdb.DuckDBPyConnection, study: str, model: str) -> list[str]:
