@@ -121,7 +121,7 @@ def refusals(source: Source) -> list[Html]:
     for r in rates:
         fact: Record = facts.get((r["prompt_set"], r["condition"]), {})
         interval = None if r["rate"] is None else f"{r['low']:.1%} to {r['high']:.1%}"
-        row = [r["prompt_set"], "\u2514 " * depth[r["condition"]] + r["condition"]]
+        row = [r["prompt_set"], "\u2514\u00a0" * depth[r["condition"]] + r["condition"]]
         row += [judge_of(r)] if len(judged) > 1 else []
         row += [r["n"], r["n_prompts"]]
         row += [r["n_scored"], r["n"] - r["n_scored"], r["n_refused"], as_percent(r["rate"]), interval]
@@ -146,7 +146,7 @@ def _other_scores(source: Source, depth: dict[str, int]) -> list[Html]:
     order = {name: i for i, name in enumerate(depth)}
     rows = []
     for r in sorted(records, key=lambda r: (r["judge"], r["prompt_set"], order[r["condition"]])):
-        row = [r["judge"], r["measures"], r["prompt_set"], "\u2514 " * depth[r["condition"]] + r["condition"]]
+        row = [r["judge"], r["measures"], r["prompt_set"], "\u2514\u00a0" * depth[r["condition"]] + r["condition"]]
         row += [r["n_scored"], r["n"] - r["n_scored"], as_number(r["mean"], 2)]
         row.append(None if r["mean"] is None else f"{r['low']:.2f} to {r['high']:.2f}")
         unsafe = r["unsafe"] is not None
