@@ -80,7 +80,7 @@ def test_stages_submitted_as_jobs_give_what_one_process_gives(head: RayHead, upl
         assert done.returncode == 0, done.stdout + done.stderr
     connection = connect(Location.of(tmp_path / "results"))
     rates = query(connection, "SELECT * FROM refusal_rates WHERE study = 'small'").to_pylist()
-    assert len({rate["condition"] for rate in rates}) == 12
+    assert len({rate["condition"] for rate in rates}) == 13
     assert all(rate["n"] == rate["n_scored"] > 0 for rate in rates)
     receipt = json.loads(query(connection, "SELECT receipt FROM models").to_pylist()[0]["receipt"])
     assert receipt["checks"]
