@@ -102,13 +102,13 @@ class Context:
         return Answers(self)
 
     @cached_property
-    def _user_sets(self) -> tuple[dict[str, PromptSet], dict[str, str]]:
+    def _user_sets(self) -> tuple[dict[str, PromptSet], dict[str, MissingDataError]]:
         return self.answers.user_sets()
 
     @property
     def pending_sets(self) -> dict[str, str]:
         """Prompt sets that cannot be made yet, and why: those of user personas wait for answers and their scores."""
-        return self._user_sets[1]
+        return {name: str(error).splitlines()[0] for name, error in self._user_sets[1].items()}
 
     @cached_property
     def prompt_sets(self) -> dict[str, PromptSet]:
@@ -122,7 +122,8 @@ class Context:
             MissingDataError: if it cannot be made yet.
         """
         if name in self.pending_sets:
-            raise MissingDataError(f"the prompt set {name!r} waits: {self.pending_sets[name]}")
+            stage = self._user_sets[1][name].stage
+            raise MissingDataError(f"the prompt set {name!r} waits: {self.pending_sets[name]}", stage)
         return self.prompt_sets[name]
 
     def forget_answers(self) -> None:

@@ -201,10 +201,10 @@ class Answers:
             "judge; if the model does not take the persona on, there is no direction of it to find",
         )
 
-    def user_sets(self) -> tuple[dict[str, PromptSet], dict[str, str]]:
+    def user_sets(self) -> tuple[dict[str, PromptSet], dict[str, MissingDataError]]:
         """Return the prompt sets of user personas, and why those that cannot be made yet wait, by name."""
         sets: dict[str, PromptSet] = {}
-        pending: dict[str, str] = {}
+        pending: dict[str, MissingDataError] = {}
         for trait, source in self.context.study.traits.items():
             if "user" not in source.families:
                 continue
@@ -212,7 +212,7 @@ class Answers:
             try:
                 chosen = {side: self._turns(trait, side) for side in SIDES}
             except MissingDataError as error:
-                pending |= dict.fromkeys(names.values(), str(error).splitlines()[0])
+                pending |= dict.fromkeys(names.values(), error)
                 continue
             texts = [{answer.text for answer in answers} for answers in chosen.values()]
             both = sorted(texts[0] & texts[1])
